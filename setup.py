@@ -1,0 +1,46 @@
+"""The C half of the build: the extension nssup._clone and beside it the executable nssup-init."""
+
+import os
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FAILPOINTS = ["-DNSSUP_FAILPOINTS"] if os.environ.get("NSSUP_FAILPOINTS") == "1" else []
+STRICT = ["-std=gnu11", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror", *FAILPOINTS]
+# -isystem: Python's own headers are not held to our warnings.
+CLONE_FLAGS = ["-O2", *STRICT, "-isystem", sysconfig.get_path("include")]
+INIT_FLAGS = [
+    *("-Os", *STRICT, "-ffreestanding", "-fno-builtin", "-fno-stack-protector", "-fno-pie"),
+    *("-fno-asynchronous-unwind-tables", "-static", "-no-pie", "-nostdlib", "-nostartfiles", "-s"),
+    *("-Wl,--build-id=none", "-Wl,-z,noseparate-code"),
+]
+
+
+class BuildNative(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # time stamps do not see a changed flag, and it is two small files
+
+    def run(self) -> None:
+        super().run()
+        init = self.init_path()
+        fresh = init.with_name("nssup-init.new")  # renamed over: the old one may be running
+        compiler = os.environ.get("NSSUP_INIT_CC") or os.environ.get("CC") or "cc"
+        subprocess.run([*shlex.split(compiler), *INIT_FLAGS, "-o", fresh, "nssup/native/init.c"], check=True)
+        fresh.replace(init)
+
+    def init_path(self) -> Path:
+        return Path(self.get_ext_fullpath("nssup._clone")).with_name("nssup-init")
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(self.init_path())]
+
+
+clone = Extension("nssup._clone", ["nssup/native/clone.c"], depends=["nssup/native/wire.h"], py_limited_api=True)
+clone.define_macros = [("Py_LIMITED_API", "0x030b0000")]
+clone.extra_compile_args = CLONE_FLAGS
+setup(ext_modules=[clone], cmdclass={"build_ext": BuildNative}, options={"bdist_wheel": {"py_limited_api": "cp311"}})
