@@ -30,7 +30,7 @@ ROWS = [
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 LAST_PURE_ROW = ROW["workers"]
-# The entry point hands over to one of the other two, and the full command line falls back on nothing.
+# The entry point chooses between the quick path and the whole command line, which may reuse the quick path.
 WITHIN_ROW = {("__main__", "fast"), ("__main__", "cli"), ("cli", "fast")}
 
 # `signal` is not here: the pure rows need the names of signals.
