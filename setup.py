@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -30,7 +29,7 @@ class BuildNative(build_ext):
         init = self.init_path()
         fresh = init.with_name("nssup-init.new")  # renamed over: the old one may be running
         compiler = os.environ.get("NSSUP_INIT_CC") or os.environ.get("CC") or "cc"
-        subprocess.run([*shlex.split(compiler), *INIT_FLAGS, "-o", fresh, "nssup/native/init.c"], check=True)
+        self.spawn([*shlex.split(compiler), *INIT_FLAGS, "-o", str(fresh), "nssup/native/init.c"])
         fresh.replace(init)
 
     def init_path(self) -> Path:

@@ -78,7 +78,7 @@ install_system_packages() {
     fi
     printf 'installing %s\n' "${debian_packages[*]}" >&2
     export DEBIAN_FRONTEND=noninteractive
-    apt-get -qq update >&2 && apt-get -qq install --no-install-recommends "${debian_packages[@]}" >&2 ||
+    apt-get -qq update >&2 && apt-get -qq install --no-install-recommends --no-upgrade "${debian_packages[@]}" >&2 ||
         fail "apt-get could not install ${debian_packages[*]}"
     hash -r
     has_all || fail 'no Python 3.11 or newer with venv and headers, or no C compiler, even after apt-get install'
@@ -98,14 +98,21 @@ mend_shebang() {
     fi
 }
 
+venv_is_sound() {
+    [[ -r $venv/nssup.home && $(<"$venv/nssup.home") == "$root" ]] && "$venv/bin/python" -I -m pip --version >/dev/null 2>&1
+}
+
+make_venv() {
+    printf 'making .venv with %s\n' "$python" >&2
+    rm -rf "$venv"
+    "$python" -I -m venv "$venv" >&2 || fail "could not make $venv"
+    printf '%s\n' "$root" >"$venv/nssup.home"
+}
+
 install_packages() { # install_packages EXTRAS
     has_all || install_system_packages
     rm -f "$stamp"
-    if [[ ${stamped_packages%% Python *} != "$root" ]] || ! "$venv/bin/python" -I -m pip --version >/dev/null 2>&1; then
-        printf 'making .venv with %s\n' "$python" >&2
-        rm -rf "$venv"
-        "$python" -I -m venv "$venv" >&2 || fail "could not make $venv"
-    fi
+    venv_is_sound || make_venv
     printf 'installing nssup and what it needs into .venv\n' >&2
     pip_install 'setuptools>=77' || fail 'pip could not install setuptools'
     if [[ $1 == dev ]]; then
