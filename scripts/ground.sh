@@ -12,29 +12,31 @@ fail() {
     exit 1
 }
 
-# The stamp's lines: what the packages rest on, what the binaries rest on, the extras that are in.
-# The path is part of it: a venv does not survive a move.
+# The stamp's lines: the venv's place (it does not survive a move) and Python, the hash of what its packages rest on, that of what
+# the C half rests on, and which extras are in.
+python_now() {
+    printf '%s ' "$root"
+    "$venv/bin/python" -V 2>&1
+}
+
 packages_now() {
-    local version
-    version=$("$venv/bin/python" -V 2>/dev/null) || return
-    printf '%s ' "$root" "$version"
-    cat "$root/pyproject.toml" "$root/setup.py" "$root/scripts/nssup" | sha256sum
+    cat "$root/pyproject.toml" "$root/scripts/nssup" | sha256sum
 }
 
 natives_now() {
-    printf '%s ' "${CC-}" "${NSSUP_INIT_CC-}" "${NSSUP_FAILPOINTS-}"
+    printf 'CC=%s NSSUP_INIT_CC=%s NSSUP_FAILPOINTS=%s ' "${CC-}" "${NSSUP_INIT_CC-}" "${NSSUP_FAILPOINTS-}"
     cat "$root/setup.py" "$root"/nssup/native/* | sha256sum
 }
 
 read_stamp() {
-    stamped_packages='' stamped_natives='' stamped_extras=''
+    stamped_python='' stamped_packages='' stamped_natives='' stamped_extras=''
     if [[ -r $stamp ]]; then
-        { IFS= read -r stamped_packages && IFS= read -r stamped_natives && IFS= read -r stamped_extras; } <"$stamp" || stamped_packages=''
+        { IFS= read -r stamped_python && IFS= read -r stamped_packages && IFS= read -r stamped_natives && IFS= read -r stamped_extras; } <"$stamp" || true
     fi
 }
 
 packages_fresh() { # packages_fresh EXTRAS
-    [[ $stamped_packages && $stamped_packages == "$(packages_now)" ]] && [[ $1 == run || $stamped_extras == dev ]]
+    [[ $stamped_python == "$(python_now)" && $stamped_packages == "$(packages_now)" ]] && [[ $1 == run || $stamped_extras == dev ]]
 }
 
 natives_fresh() {
@@ -78,7 +80,7 @@ install_system_packages() {
     fi
     printf 'installing %s\n' "${debian_packages[*]}" >&2
     export DEBIAN_FRONTEND=noninteractive
-    apt-get -qq update >&2 && apt-get -qq install --no-install-recommends --no-upgrade "${debian_packages[@]}" >&2 ||
+    apt-get -qq update >/dev/null && apt-get -qq install --no-install-recommends --no-upgrade "${debian_packages[@]}" >/dev/null ||
         fail "apt-get could not install ${debian_packages[*]}"
     hash -r
     has_all || fail 'no Python 3.11 or newer with venv and headers, or no C compiler, even after apt-get install'
@@ -87,6 +89,16 @@ install_system_packages() {
 # -I: neither PYTHONPATH nor the user's own site-packages may leak in. PIP_USER would be refused in a venv.
 pip_install() {
     PIP_USER=0 "$venv/bin/python" -I -m pip --disable-pip-version-check install -qq "$@" >&2
+}
+
+requirements() { # requirements EXTRAS
+    "$venv/bin/python" -I - "$root/pyproject.toml" "$1" <<'PYTHON'
+import sys, tomllib
+with open(sys.argv[1], "rb") as file:
+    config = tomllib.load(file)
+extras = config["project"]["optional-dependencies"]
+print(*config["build-system"]["requires"], *config["project"]["dependencies"], *extras.get(sys.argv[2], []), sep="\n")
+PYTHON
 }
 
 # The kernel ends an interpreter's path at a space and cuts it at 255 bytes, and pip does not look at that for plain scripts.
@@ -109,20 +121,6 @@ make_venv() {
     printf '%s\n' "$root" >"$venv/nssup.home"
 }
 
-install_packages() { # install_packages EXTRAS
-    has_all || install_system_packages
-    rm -f "$stamp"
-    venv_is_sound || make_venv
-    printf 'installing nssup and what it needs into .venv\n' >&2
-    pip_install 'setuptools>=77' || fail 'pip could not install setuptools'
-    if [[ $1 == dev ]]; then
-        pip_install --no-build-isolation -e "$root[dev]" || fail 'pip could not install nssup'
-    else
-        pip_install --no-build-isolation -e "$root" || fail 'pip could not install nssup'
-    fi
-    mend_shebang
-}
-
 build_natives() {
     local log
     printf 'building nssup/_clone and nssup/nssup-init\n' >&2
@@ -132,20 +130,32 @@ build_natives() {
     }
 }
 
+install_packages() { # install_packages EXTRAS
+    has_all || install_system_packages
+    rm -f "$stamp"
+    venv_is_sound || make_venv
+    printf 'installing nssup and what it needs into .venv\n' >&2
+    # Apart from nssup itself: C that does not compile must not cost the checkout its test tools.
+    requirements "$1" >"$venv/nssup.requirements" && pip_install -r "$venv/nssup.requirements" ||
+        fail 'pip could not install what nssup needs'
+    build_natives # pip builds them once more, but would wrap a compiler's message in forty lines of its own
+    pip_install --no-deps --no-build-isolation -e "$root" || fail 'pip could not install nssup'
+    mend_shebang
+}
+
 set_up() { # set_up EXTRAS
     local extras=$1 packages natives
     flock 9
     read_stamp
     [[ $stamped_extras == dev ]] && extras=dev
-    natives=$(natives_now)
+    # Taken before the build: a file that changes meanwhile is built again next time.
+    packages=$(packages_now) natives=$(natives_now)
     if ! packages_fresh "$extras"; then
         install_packages "$extras"
     elif ! natives_fresh; then
         build_natives
     fi
-    packages=$(packages_now)
-    # Taken before the build: a file that changed meanwhile is built again next time.
-    printf '%s\n' "$packages" "$natives" "$extras" >"$stamp.new" && mv "$stamp.new" "$stamp"
+    printf '%s\n' "$(python_now)" "$packages" "$natives" "$extras" >"$stamp.new" && mv "$stamp.new" "$stamp"
 }
 
 ground() { # ground run|dev
