@@ -14,7 +14,7 @@ STRICT = ["-std=gnu11", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror
 CLONE_FLAGS = ["-O2", *STRICT, "-isystem", sysconfig.get_path("include")]
 INIT_FLAGS = [
     *("-Os", *STRICT, "-ffreestanding", "-fno-builtin", "-fno-stack-protector", "-fno-pie"),
-    *("-fno-asynchronous-unwind-tables", "-static", "-no-pie", "-nostdlib", "-nostartfiles", "-s"),
+    *("-fno-asynchronous-unwind-tables", "-static", "-nostdlib", "-nostartfiles", "-s"),
     *("-Wl,--build-id=none", "-Wl,-z,noseparate-code"),
 ]
 
