@@ -1,0 +1,373 @@
+"""The clone shim: puts nssup-init into fresh namespaces and talks to it. A plain synchronous call, no loop needed.
+
+`Launcher` holds what every launch shares; `Process` is one life seen from the supervisor: init's pidfd, the line, the
+log pipes. Who waits on them is somebody else's business (watch.py, foreground.py). Signals to the program go through
+init; only the tree's SIGKILL goes to init's pidfd. Source: clone(2), unix(7), memfd_create(2), pidfd_open(2).
+"""
+
+import _socket
+import array
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import struct
+from pathlib import Path
+
+from nssup import _clone, record, wire
+from nssup.errors import LaunchError
+from nssup.events import Exit
+
+CLONE_NEW = {
+    "mount": 0x00020000,
+    "cgroup": 0x02000000,
+    "uts": 0x04000000,
+    "ipc": 0x08000000,
+    "user": 0x10000000,
+    "pid": 0x20000000,
+    "net": 0x40000000,
+    "time": 0x00000080,
+}
+SO_PASSCRED = 16
+SCM_CREDENTIALS = 2
+_UCRED = struct.Struct("3i")
+_ANCILLARY = _socket.CMSG_SPACE(_UCRED.size)
+_DATAGRAM = 4096
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_MFD_EXEC = 0x0010
+_SYSTEM_HINTS = {
+    ("clone", errno.EPERM): "no right to make namespaces: run as root, or allow unprivileged user namespaces",
+    ("clone", errno.EAGAIN): "a limit on processes was reached (pid_max, threads-max, RLIMIT_NPROC or pids.max)",
+    ("clone", errno.ENOSPC): "a limit on namespaces was reached (/proc/sys/user/max_*_namespaces)",
+    ("clone", errno.ENOSYS): "the kernel or a seccomp filter refuses clone3",
+    ("clone", errno.EMFILE): "no free descriptor: raise the limit on open files",
+    ("line", errno.EMFILE): "no free descriptor: raise the limit on open files",
+    ("pipes", errno.EMFILE): "no free descriptor: raise the limit on open files",
+}
+
+
+def _fail(step: wire.Step, number: int) -> LaunchError:
+    name = step.name.lower()
+    return LaunchError(name, number, _SYSTEM_HINTS.get((name, number), ""))
+
+
+def sealed_memfd(name: str, data: bytes, executable: bool = False) -> int:
+    """An anonymous file that nobody can change any more. Raises OSError."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        fd = os.memfd_create(name, flags | (_MFD_EXEC if executable else 0))
+    except OSError as error:
+        if not executable or error.errno != errno.EINVAL:
+            raise
+        fd = os.memfd_create(name, flags)  # before 6.3 every memfd is executable, and the flag unknown
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def root_mount_id() -> int:
+    """The id of the mount that is this process's root: unique over all mount namespaces of the kernel."""
+    root = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        for line in Path(f"/proc/self/fdinfo/{root}").read_text().splitlines():
+            if line.startswith("mnt_id:"):
+                return int(line.split()[1])
+    finally:
+        os.close(root)
+    raise OSError(errno.ENOTSUP, "the kernel does not tell mount ids")
+
+
+class Launcher:
+    """What all launches of one supervisor share. Make it in the process that will launch; close it after the last life.
+
+    Raises OSError when nssup-init cannot be read or sealed.
+    """
+
+    def __init__(self, epoch: int = 1) -> None:
+        self.epoch = epoch
+        with contextlib.ExitStack() as on_error:
+            program = Path(__file__).with_name("nssup-init").read_bytes()
+            self._init = sealed_memfd("nssup-init", program, executable=True)
+            on_error.callback(os.close, self._init)
+            self._self = os.pidfd_open(os.getpid())
+            on_error.callback(os.close, self._self)
+            self._null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            on_error.callback(os.close, self._null)
+            self._mount_id = root_mount_id()
+            self._closes = on_error.pop_all()
+
+    def close(self) -> None:
+        self._closes.close()
+
+    def launch(self, plan: record.Plan, *, stdio: tuple[int, int, int] | None = None, merge: bool = False) -> "Process":
+        """Clone init for this plan; nothing of the program runs before Process.go.
+
+        stdio: descriptors for the program's 0, 1, 2 (the caller keeps them); None: stdin is /dev/null, stdout and stderr
+        are pipes whose read ends the Process has (one pipe for both with merge).
+        Raises LaunchError; then nothing is left behind.
+        """
+        with contextlib.ExitStack() as temporary, contextlib.ExitStack() as on_error:
+            try:
+                ours, theirs = _socket.socketpair(
+                    _socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC
+                )
+                temporary.callback(theirs.close)
+                on_error.callback(ours.close)
+                ours.setsockopt(_socket.SOL_SOCKET, SO_PASSCRED, 1)
+                token = os.urandom(wire.TOKEN_SIZE)
+                self._send_record(ours, record.encode(plan, token, self._mount_id))
+            except OSError as error:
+                raise _fail(wire.Step.LINE, error.errno or errno.EIO) from None
+            try:
+                logs, program = self._stdio(stdio, merge, temporary, on_error)
+            except OSError as error:
+                raise _fail(wire.Step.PIPES, error.errno or errno.EIO) from None
+            null, line = self._null, ours.fileno()
+            fds = (null, null, null, theirs.fileno(), line, self._self, *logs, *program, self._init)
+            flags = 0
+            for name in plan.namespaces:
+                flags |= CLONE_NEW[name]
+            pidfd, init_host_pid, step, number = _clone.clone(flags, fds, -1)
+            if step:
+                raise _fail(wire.Step(step), number)
+            process = Process(pidfd, init_host_pid, ours, logs, plan, self.epoch, token)
+            on_error.pop_all()
+        if "user" in plan.namespaces:
+            try:
+                write_id_maps(init_host_pid)
+            except OSError as error:
+                process.destroy()
+                raise _fail(wire.Step.ID_MAPS, error.errno or errno.EIO) from None
+        return process
+
+    def _send_record(self, line: _socket.socket, encoded: bytes) -> None:
+        if len(encoded) <= wire.RECORD_INLINE_MAX:
+            line.send(wire.record_inline(encoded))
+            return
+        if len(encoded) > wire.RECORD_MAX:
+            raise OSError(errno.E2BIG, "launch record")
+        fd = sealed_memfd("nssup-record", encoded)
+        try:
+            rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", [fd]))
+            line.sendmsg([wire.record_in_memfd(len(encoded))], [rights])
+        finally:
+            os.close(fd)
+
+    def _stdio(
+        self,
+        stdio: tuple[int, int, int] | None,
+        merge: bool,
+        temporary: contextlib.ExitStack,
+        on_error: contextlib.ExitStack,
+    ) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        """((stdout, stderr log read ends, -1 for none), the program's 0, 1, 2)."""
+        if stdio is not None:
+            return (-1, -1), stdio
+        out_read, out_write = _log_pipe(temporary, on_error)
+        if merge:
+            return (out_read, -1), (self._null, out_write, out_write)
+        err_read, err_write = _log_pipe(temporary, on_error)
+        return (out_read, err_read), (self._null, out_write, err_write)
+
+
+def _log_pipe(temporary: contextlib.ExitStack, on_error: contextlib.ExitStack) -> tuple[int, int]:
+    """Only the read end is non-blocking: the program's end is its own."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    on_error.callback(os.close, read)
+    temporary.callback(os.close, write)
+    os.set_blocking(read, False)
+    return read, write
+
+
+def write_id_maps(init_host_pid: int) -> None:
+    """Map the supervisor's own uid and gid to themselves: all that an unprivileged supervisor may (user_namespaces(7)).
+
+    By host PID, which cannot be recycled: init is our child and not reaped. Raises OSError.
+    """
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{os.geteuid()} {os.geteuid()} 1"),
+        ("gid_map", f"{os.getegid()} {os.getegid()} 1"),
+    ):
+        fd = os.open(f"/proc/{init_host_pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+
+
+class Process:
+    """One life, from clone to reaped init. Owns its descriptors: `pidfd`, `line`, `stdout`, `stderr` (None: not ours).
+
+    Messages come in the order Started, Running or Failed, Exited, Empty; then the pidfd. Without init (plan.init False)
+    there are neither Exited nor Empty: the end of the line before a Failed means the exec succeeded, and `reap` knows
+    the exit.
+    """
+
+    __slots__ = (
+        "_epoch",
+        "_socket",
+        "_token",
+        "generation",
+        "has_init",
+        "host_pid",
+        "init_host_pid",
+        "line_ended",
+        "pidfd",
+        "policy",
+        "stderr",
+        "stdout",
+        "unknown",
+    )
+
+    def __init__(
+        self,
+        pidfd: int,
+        init_host_pid: int,
+        line: _socket.socket,
+        logs: tuple[int, int],
+        plan: record.Plan,
+        epoch: int,
+        token: bytes,
+    ) -> None:
+        self.pidfd = pidfd
+        self.init_host_pid = init_host_pid
+        self._socket = line
+        self.stdout = logs[0] if logs[0] >= 0 else None
+        self.stderr = logs[1] if logs[1] >= 0 else None
+        self.generation = plan.generation
+        self.has_init = plan.init
+        self.policy = wire.Policy.DIE if plan.die else wire.Policy.KEEP
+        self.host_pid: int | None = None
+        self.line_ended = False
+        self.unknown = 0
+        self._epoch = epoch
+        self._token = token
+
+    @property
+    def line(self) -> int:
+        """The line's descriptor, -1 once closed: readable means `receive` has something."""
+        return self._socket.fileno()
+
+    def go(self) -> None:
+        """Everything outside is set up: run. Lost on a dead init, which its pidfd tells."""
+        self._send(wire.go(self._epoch, self.policy, self._token))
+
+    def _send(self, data: bytes) -> None:
+        # A full queue or a dead init: init's state is what counts, and its pidfd tells of its end.
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionError):
+            self._socket.send(data)
+
+    def receive(self) -> list[wire.Message]:
+        """All that init said since the last call; sets line_ended. Never blocks, never raises for what init sent."""
+        found: list[wire.Message] = []
+        while not self.line_ended:
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(_DATAGRAM, _ANCILLARY)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                data, ancillary = b"", []
+            if not data:
+                self.line_ended = True
+                break
+            messages, unknown = wire.decode(data, _sender(ancillary))
+            self.unknown += unknown
+            found += messages
+        return found
+
+    def signal(self, signo: int, *, tree: bool = False) -> None:
+        """Send signo to the program, or to every process of the namespace but init (tree)."""
+        if self.has_init:
+            self._send(wire.signal(self._epoch, signo, wire.SIGNAL_ALL if tree else wire.SIGNAL_MAIN))
+        else:
+            self._signal_init(signo)
+
+    def kill(self) -> None:
+        """SIGKILL to init's pidfd: the kernel takes every process of the namespace with it."""
+        self._signal_init(signal.SIGKILL)
+
+    def _signal_init(self, signo: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signo)
+
+    def acknowledge(self) -> None:
+        """The exit record is ours: init may go."""
+        self._send(wire.ack(self._epoch, self.generation))
+
+    def ping(self) -> None:
+        """Ask for init's State."""
+        self._send(wire.ping(self._epoch))
+
+    def reap(self) -> Exit | None:
+        """Collect init itself, once; None while it lives. The exit is the program's own only without init."""
+        try:
+            found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            return Exit(reason="init-killed")  # somebody else in this program reaped it: nobody knows the code
+        if found is None:
+            return None
+        return exit_of(found.si_code, found.si_status) if not self.has_init else Exit(reason="init-killed")
+
+    def close_line(self) -> None:
+        self._socket.close()
+
+    def close(self) -> None:
+        """Close what is still ours. The caller has removed it from every epoll first."""
+        self._socket.close()
+        for fd in (self.pidfd, self.stdout, self.stderr):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+        self.pidfd, self.stdout, self.stderr = -1, None, None
+
+    def destroy(self) -> None:
+        """Kill the whole life, wait until it is gone, close everything. For ways out where nobody else will."""
+        if self.pidfd < 0:
+            return
+        self.kill()
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        self.close()
+
+
+def _sender(ancillary: list[tuple[int, int, bytes]]) -> int:
+    for level, kind, data in ancillary:
+        if level == _socket.SOL_SOCKET and kind == SCM_CREDENTIALS:
+            host_pid: int = _UCRED.unpack_from(data)[0]
+            return host_pid
+    return 0
+
+
+def signal_name(signo: int) -> str:
+    """`SIGSEGV` for 11; `SIG37` where it has no name."""
+    try:
+        return signal.Signals(signo).name
+    except ValueError:
+        return f"SIG{signo}"
+
+
+def exit_of(
+    code: int, status: int, cpu_seconds: float | None = None, max_rss_bytes: int | None = None
+) -> Exit:
+    """events.Exit from what waitid(2) said: code CLD_EXITED, CLD_KILLED or CLD_DUMPED, status exit code or signal."""
+    if code == os.CLD_EXITED:
+        return Exit(reason=f"exit:{status}", code=status, cpu_seconds=cpu_seconds, max_rss_bytes=max_rss_bytes)
+    return Exit(
+        reason=f"signal:{signal_name(status)}",
+        signal=status,
+        core=code == os.CLD_DUMPED,
+        cpu_seconds=cpu_seconds,
+        max_rss_bytes=max_rss_bytes,
+    )
+
+
+def exit_of_message(exit: wire.Exit) -> Exit:
+    """events.Exit from init's own record."""
+    return exit_of(exit.code, exit.status, (exit.user_us + exit.system_us) / 1e6, exit.max_rss_bytes)

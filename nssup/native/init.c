@@ -1,0 +1,857 @@
+/* nssup-init - PID 1 of a worker's PID namespace, and custodian of what must outlive the supervisor.
+ *
+ * What it does, in the order of the code: waits for the launch record and GO; sets the namespaces up, step by step;
+ * starts the program as its child (or becomes it); then only reaps, forwards and reports, and ends when its exit record
+ * has been acknowledged. It has no options, no environment, no heap, no libc and no text: it reads wire.h's bytes and
+ * answers {step, errno}. It sleeps in one poll without a time-out once the program runs.
+ *
+ * It keeps its whole state in `self`; a message is a hint, sent without blocking and lost when the queue is full.
+ * Source: pid_namespaces(7), signalfd(2), waitid(2), mount_namespaces(7), unix(7), statmount(2), capabilities(7).
+ */
+#include <asm/ioctls.h>
+#include <asm/poll.h>
+#include <asm/siginfo.h>
+#include <asm/signal.h>
+#include <asm/stat.h>
+#include <linux/capability.h>
+#include <linux/errno.h>
+#include <linux/fcntl.h>
+#include <linux/magic.h>
+#include <linux/mman.h>
+#include <linux/mount.h>
+#include <linux/prctl.h>
+#include <linux/resource.h>
+#include <linux/signalfd.h>
+#include <linux/socket.h>
+#include <linux/stat.h>
+#include <linux/time.h>
+#include <linux/wait.h>
+
+#include "vfork.h"
+#include "wire.h"
+
+#define CLONE_CLEAR_SIGHAND_FLAG 0x100000000ULL
+#define ALL_SIGNALS (~0ULL)
+
+/* The kernel's own layouts, which only libc headers name. */
+struct iovec { void *base; size_t length; };
+struct msghdr { void *name; int name_length; struct iovec *iov; size_t iov_count; void *control; size_t control_length; unsigned flags; };
+struct cmsghdr { size_t length; int level, type; };
+struct statfs_kernel { long type; long rest[15]; };
+enum { SOL_SOCKET_LEVEL = 1, SCM_RIGHTS_TYPE = 1, MSG_DONTWAIT_FLAG = 0x40, MSG_NOSIGNAL_FLAG = 0x4000, MSG_CMSG_CLOEXEC_FLAG = 0x40000000 };
+
+struct list { char **items; }; /* NULL-terminated, pointing into the record */
+
+struct launch {
+	uint8_t token[TOKEN_SIZE];
+	uint32_t options;
+	struct list argv, env, exec;
+	const char *directory, *hostname;
+	const uint32_t *identity; /* uid, gid, n, groups */
+	uint32_t umask;
+	int has_token, has_umask, has_identity;
+	const struct record_rlimit *rlimits;
+	uint32_t rlimit_count;
+	uint64_t mount_id;
+};
+
+static struct {
+	struct wire_state state; /* what the supervisor may ask for at any time */
+	struct launch launch;
+	int signals;	     /* signalfd */
+	int supervisor_watched; /* FD_SUPERVISOR is polled: always before GO, later only under POLICY_DIE */
+	int released;	     /* GO came */
+	int step, error;     /* of the worker's vfork child */
+} self;
+
+static uint8_t record_buffer[RECORD_INLINE_MAX] __attribute__((aligned(16)));
+static uint8_t worker_stack[16384] __attribute__((aligned(16)));
+
+/* The compiler may call these two by itself. */
+void *memcpy(void *to, const void *from, size_t n)
+{
+	uint8_t *t = to;
+	const uint8_t *f = from;
+	while (n--)
+		*t++ = *f++;
+	return to;
+}
+
+void *memset(void *to, int byte, size_t n)
+{
+	uint8_t *t = to;
+	while (n--)
+		*t++ = (uint8_t)byte;
+	return to;
+}
+
+static size_t length_of(const char *s)
+{
+	size_t n = 0;
+	while (s[n])
+		n++;
+	return n;
+}
+
+__attribute__((noreturn)) static void quit(int code)
+{
+	for (;;)
+		sys1(__NR_exit_group, code);
+}
+
+#define close_fd(fd) sys1(__NR_close, (fd))
+
+/* --- failpoints (test builds only): stop here, so that a test can kill somebody at exactly this place ---------- */
+
+#ifdef NSSUP_FAILPOINTS
+#define failpoint(step) do { if (self.launch.options >> 24 == (step)) sys2(__NR_kill, sys0(__NR_getpid), SIGSTOP); } while (0)
+#else
+#define failpoint(step) do { } while (0)
+#endif
+
+/* --- sending ---------------------------------------------------------------------------------------------------- */
+
+struct datagram {
+	size_t length;
+	uint8_t bytes[192] __attribute__((aligned(8)));
+};
+
+static void put(struct datagram *d, int type, const void *payload, size_t length)
+{
+	struct wire_header h = {WIRE_MAGIC, WIRE_VERSION, (uint8_t)type, (uint32_t)length};
+	memcpy(d->bytes + d->length, &h, sizeof h);
+	memcpy(d->bytes + d->length + sizeof h, payload, length);
+	d->length += sizeof h + ((length + 7) & ~7UL);
+}
+
+static void send_datagram(const struct datagram *d)
+{
+	sys6(__NR_sendto, FD_LINE, (long)d->bytes, (long)d->length, MSG_DONTWAIT_FLAG | MSG_NOSIGNAL_FLAG, 0, 0);
+}
+
+static void send_one(int type, const void *payload, size_t length)
+{
+	struct datagram d = {0};
+	put(&d, type, payload, length);
+	send_datagram(&d);
+}
+
+static void put_empty(struct datagram *d)
+{
+	struct wire_empty m = {self.state.generation, 0};
+	put(d, WIRE_EMPTY, &m, sizeof m);
+}
+
+static void put_exited(struct datagram *d)
+{
+	struct wire_exited m = {self.state.generation, 0, self.state.exit};
+	put(d, WIRE_EXITED, &m, sizeof m);
+}
+
+/* --- the launch record ------------------------------------------------------------------------------------------- */
+
+/* Turns a list's offsets into pointers, in place. Returns 0, or -EBADMSG and nothing usable. */
+static long read_list(uint8_t *data, size_t length, struct list *out)
+{
+	if (length < 8 || data[length - 1] != 0)
+		return -EBADMSG;
+	uint64_t count = *(uint32_t *)data;
+	if (count > (length - 8) / 8 || 8 + (count + 1) * 8 > length)
+		return -EBADMSG;
+	uint64_t *offsets = (uint64_t *)(data + 8);
+	for (uint64_t i = 0; i < count; i++) {
+		if (offsets[i] < 8 + (count + 1) * 8 || offsets[i] >= length)
+			return -EBADMSG;
+		offsets[i] += (uint64_t)(uintptr_t)data; /* ends inside: the last byte is NUL */
+	}
+	if (offsets[count] != 0)
+		return -EBADMSG;
+	out->items = (char **)offsets;
+	return 0;
+}
+
+static long read_string(const uint8_t *data, size_t length, const char **out)
+{
+	if (length == 0 || data[length - 1] != 0)
+		return -EBADMSG;
+	*out = (const char *)data;
+	return 0;
+}
+
+static long read_u32(const uint8_t *data, size_t length, uint32_t *out)
+{
+	if (length != 4)
+		return -EBADMSG;
+	memcpy(out, data, 4);
+	return 0;
+}
+
+static long read_identity(struct launch *l, const uint8_t *data, size_t length)
+{
+	if (length < 12)
+		return -EBADMSG;
+	l->identity = (const uint32_t *)data;
+	if (length != 12 + 4UL * l->identity[2])
+		return -EBADMSG;
+	l->has_identity = 1;
+	return 0;
+}
+
+static long read_rlimits(struct launch *l, const uint8_t *data, size_t length)
+{
+	if (length % sizeof *l->rlimits)
+		return -EBADMSG;
+	l->rlimits = (const struct record_rlimit *)data;
+	l->rlimit_count = (uint32_t)(length / sizeof *l->rlimits);
+	return 0;
+}
+
+static long read_bytes(void *to, size_t wanted, const uint8_t *data, size_t length)
+{
+	if (length != wanted)
+		return -EBADMSG;
+	memcpy(to, data, wanted);
+	return 0;
+}
+
+static long read_field(struct launch *l, const struct record_field *f, uint8_t *data)
+{
+	size_t n = f->length;
+	switch (f->kind) {
+	case FIELD_TOKEN:
+		l->has_token = 1;
+		return read_bytes(l->token, TOKEN_SIZE, data, n);
+	case FIELD_OPTIONS:
+		return read_u32(data, n, &l->options);
+	case FIELD_ARGV:
+		return read_list(data, n, &l->argv);
+	case FIELD_ENV:
+		return read_list(data, n, &l->env);
+	case FIELD_EXEC:
+		return read_list(data, n, &l->exec);
+	case FIELD_DIRECTORY:
+		return read_string(data, n, &l->directory);
+	case FIELD_HOSTNAME:
+		return read_string(data, n, &l->hostname);
+	case FIELD_IDENTITY:
+		return read_identity(l, data, n);
+	case FIELD_UMASK:
+		l->has_umask = 1;
+		return read_u32(data, n, &l->umask);
+	case FIELD_RLIMITS:
+		return read_rlimits(l, data, n);
+	case FIELD_MOUNT_ID:
+		return read_bytes(&l->mount_id, 8, data, n);
+	default:
+		return f->flags & FIELD_MUST ? -EOPNOTSUPP : 0;
+	}
+}
+
+/* data is 8-byte aligned and stays mapped for ever. Returns 0 or -errno. */
+static long read_record(uint8_t *data, size_t length)
+{
+	struct record_head *h = (struct record_head *)data;
+	struct launch *l = &self.launch;
+
+	if (length < sizeof *h || h->magic != RECORD_MAGIC || h->length > length)
+		return -EBADMSG;
+	if (h->version > RECORD_VERSION || h->version + 1 < RECORD_VERSION)
+		return -EPROTONOSUPPORT;
+	self.state.generation = h->generation;
+	for (size_t at = sizeof *h; at < h->length;) {
+		struct record_field *f = (struct record_field *)(data + at);
+		if (h->length - at < sizeof *f || f->length > h->length - at - sizeof *f)
+			return -EBADMSG;
+		long r = read_field(l, f, data + at + sizeof *f);
+		if (r < 0)
+			return r;
+		at += sizeof *f + ((f->length + 7UL) & ~7UL);
+	}
+	if (!l->has_token || !l->argv.items || !l->argv.items[0] || !l->env.items || !l->exec.items || !l->exec.items[0])
+		return -EBADMSG;
+	return 0;
+}
+
+static uint8_t *map_record(int fd, size_t length)
+{
+	if (fd < 0 || length > RECORD_MAX)
+		return NULL;
+	long r = sys6(__NR_mmap, 0, (long)length, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+	return r < 0 && r > -4096 ? NULL : (uint8_t *)r;
+}
+
+/* --- signals and ends ---------------------------------------------------------------------------------------------- */
+
+/* Everything but init itself. Only a PID 1 may say this: for anybody else -1 is the whole host. */
+static void kill_rest(void)
+{
+	if (sys0(__NR_getpid) == 1)
+		sys2(__NR_kill, -1, SIGKILL);
+}
+
+static void signal_inside(int target, int signo)
+{
+	if (signo < 0 || signo > 64)
+		self.state.unknown++;
+	else if (target == SIGNAL_MAIN && self.state.phase == PHASE_RUNNING)
+		sys2(__NR_kill, self.state.ns_pid, signo);
+	else if (target == SIGNAL_ALL && sys0(__NR_getpid) == 1)
+		sys2(__NR_kill, -1, signo);
+	else if (target > 1)
+		sys2(__NR_kill, target, signo);
+	/* SIGNAL_MAIN without a main program: it ended, or never was; the message crossed ours on the line. */
+}
+
+static void set_policy(uint32_t policy)
+{
+	self.state.policy = policy;
+	self.supervisor_watched = policy == POLICY_DIE;
+	if (policy == POLICY_DIE)
+		close_fd(FD_FAR); /* so that the end of the line counts too: an abandoned Supervisor object */
+}
+
+static void fail(int step, long negative_errno)
+{
+	struct wire_failed m = {self.state.generation, (uint32_t)step, (int32_t)-negative_errno, 0};
+	struct datagram d = {0};
+
+	self.state.phase = PHASE_FAILED;
+	self.state.step = m.step;
+	self.state.error = m.error;
+	put(&d, WIRE_FAILED, &m, sizeof m);
+	put_empty(&d);
+	send_datagram(&d);
+}
+
+static void note_exit(const siginfo_t *info, const struct rusage *usage)
+{
+	struct wire_exit *e = &self.state.exit;
+	struct __kernel_timespec now = {0};
+
+	sys2(__NR_clock_gettime, CLOCK_BOOTTIME, &now);
+	e->code = info->si_code;
+	e->status = info->si_status;
+	e->user_us = (uint64_t)usage->ru_utime.tv_sec * 1000000U + (uint64_t)usage->ru_utime.tv_usec;
+	e->system_us = (uint64_t)usage->ru_stime.tv_sec * 1000000U + (uint64_t)usage->ru_stime.tv_usec;
+	e->max_rss_bytes = (uint64_t)usage->ru_maxrss * 1024U;
+	e->boottime_ns = (uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec;
+}
+
+/* Reaps all that can be reaped. When the main program is among them, kills the rest. Says EXITED as soon as it is
+ * known and EMPTY at ECHILD; in one datagram when both hold, as they mostly do. */
+static void reap(void)
+{
+	struct datagram d = {0};
+
+	for (;;) {
+		siginfo_t info;
+		struct rusage usage;
+		info.si_pid = 0;
+		long r = sys5(__NR_waitid, P_ALL, 0, &info, WEXITED | WNOHANG | __WALL, &usage);
+		if (r == -EINTR)
+			continue;
+		if (r == -ECHILD && self.state.phase == PHASE_EXITED) {
+			self.state.phase = PHASE_EMPTY;
+			put_empty(&d);
+		}
+		if (r < 0 || info.si_pid == 0)
+			break;
+		if (info.si_pid == self.state.ns_pid && self.state.phase == PHASE_RUNNING) {
+			note_exit(&info, &usage);
+			self.state.phase = PHASE_EXITED;
+			put_exited(&d);
+			kill_rest();
+		}
+	}
+	if (d.length)
+		send_datagram(&d);
+}
+
+/* Signals that reached PID 1. Only those from outside (si_pid 0) are forwarded: what a process inside sends is dropped,
+ * as the kernel drops it for a PID 1 without handlers. */
+static void take_signals(void)
+{
+	struct signalfd_siginfo batch[4];
+
+	for (;;) {
+		long n = sys3(__NR_read, self.signals, batch, sizeof batch);
+		if (n <= 0)
+			return;
+		for (size_t i = 0; i < (size_t)n / sizeof *batch; i++)
+			if (batch[i].ssi_signo == SIGCHLD)
+				reap();
+			else if (batch[i].ssi_pid == 0 && batch[i].ssi_code <= 0)
+				signal_inside(SIGNAL_MAIN, (int)batch[i].ssi_signo);
+	}
+}
+
+/* --- receiving ------------------------------------------------------------------------------------------------------ */
+
+static void hello(const struct wire_hello *m, int *fd)
+{
+	self.state.epoch = m->epoch;
+	if (*fd >= 0) {
+		sys3(__NR_dup3, *fd, FD_SUPERVISOR, 0);
+		close_fd(*fd);
+		*fd = -1;
+	}
+	send_one(WIRE_STATE, &self.state, sizeof self.state);
+}
+
+static void go(const struct wire_go *m)
+{
+	uint8_t differ = 0;
+	for (int i = 0; i < TOKEN_SIZE; i++)
+		differ |= (uint8_t)(m->token[i] ^ self.launch.token[i]);
+	if (!self.launch.has_token || differ)
+		quit(1); /* not our supervisor's word: die, never go */
+	if (self.released)
+		return;
+	self.released = 1;
+	set_policy(m->policy);
+}
+
+static void take_record(uint8_t *data, size_t length, int *fd)
+{
+	long r = -EBADMSG;
+	if (self.launch.has_token || self.state.phase != PHASE_WAITING) {
+		self.state.unknown++;
+		return;
+	}
+	if (*fd >= 0 && length == sizeof(struct wire_record)) {
+		size_t size = ((struct wire_record *)data)->size;
+		uint8_t *mapped = map_record(*fd, size);
+		r = mapped ? read_record(mapped, size) : -ENOMEM;
+	} else if (length <= sizeof record_buffer) {
+		memcpy(record_buffer, data, length);
+		r = read_record(record_buffer, length);
+	}
+	if (r < 0)
+		fail(STEP_RECORD, r);
+}
+
+static void acknowledged(const struct wire_ack *m)
+{
+	if (m->generation != self.state.generation)
+		self.state.unknown++;
+	else if (self.state.phase == PHASE_EMPTY || self.state.phase == PHASE_FAILED)
+		quit(0);
+}
+
+/* One message of a supervisor of the newest epoch. payload is padded with zeroes to the size of its struct. */
+static void act(int type, uint8_t *payload, size_t length, int *fd)
+{
+	union {
+		struct wire_signal signal;
+		struct wire_policy_change policy;
+		struct wire_ack ack;
+		struct wire_hello hello;
+		struct wire_go go;
+		uint32_t epoch;
+		uint8_t bytes[32];
+	} m = {.bytes = {0}};
+
+	if (type == WIRE_RECORD) {
+		take_record(payload, length, fd);
+		return;
+	}
+	memcpy(&m, payload, length < sizeof m ? length : sizeof m);
+	if (m.epoch < self.state.epoch) {
+		self.state.unknown++;
+		return;
+	}
+	self.state.epoch = m.epoch;
+	if (type == WIRE_GO)
+		go(&m.go);
+	else if (type == WIRE_SIGNAL)
+		signal_inside(m.signal.target, m.signal.signo);
+	else if (type == WIRE_POLICY)
+		set_policy(m.policy.policy);
+	else if (type == WIRE_ACK)
+		acknowledged(&m.ack);
+	else if (type == WIRE_HELLO)
+		hello(&m.hello, fd);
+	else if (type == WIRE_PING)
+		send_one(WIRE_STATE, &self.state, sizeof self.state);
+	else
+		self.state.unknown++;
+}
+
+static void take_datagram(uint8_t *data, size_t length, int *fd)
+{
+	for (size_t at = 0; at < length;) {
+		struct wire_header *h = (struct wire_header *)(data + at);
+		if (length - at < sizeof *h || h->magic != WIRE_MAGIC || h->length > length - at - sizeof *h) {
+			self.state.unknown++;
+			return;
+		}
+		if (h->version > WIRE_VERSION || h->version + 1 < WIRE_VERSION)
+			self.state.unknown++;
+		else
+			act(h->type, data + at + sizeof *h, h->length, fd);
+		at += sizeof *h + ((h->length + 7UL) & ~7UL);
+	}
+}
+
+/* The first descriptor that came along, or -1; a second one cannot: the buffer has room for one. */
+static int received_fd(const struct msghdr *m)
+{
+	const struct cmsghdr *c = m->control;
+	if (m->control_length < sizeof *c + 4 || c->level != SOL_SOCKET_LEVEL || c->type != SCM_RIGHTS_TYPE)
+		return -1;
+	return *(const int *)(c + 1);
+}
+
+/* Reads one datagram. Returns 1, 0 when there is none, -1 when the line has ended. */
+static int take_line(void)
+{
+	static uint8_t bytes[RECORD_INLINE_MAX + 256] __attribute__((aligned(16)));
+	uint8_t control[24] __attribute__((aligned(8)));
+	struct iovec iov = {bytes, sizeof bytes};
+	struct msghdr m = {NULL, 0, &iov, 1, control, sizeof control, 0};
+
+	long n = sys3(__NR_recvmsg, FD_LINE, &m, MSG_DONTWAIT_FLAG | MSG_CMSG_CLOEXEC_FLAG);
+	if (n == -EINTR || n == -EAGAIN)
+		return 0;
+	if (n <= 0)
+		return -1;
+	int fd = received_fd(&m);
+	take_datagram(bytes, (size_t)n, &fd);
+	if (fd >= 0)
+		close_fd(fd);
+	return 1;
+}
+
+/* Handles what is there; returns after at least one event, or at the deadline (ms; negative: none).
+ * The line is read before the supervisor's death is looked at: what it said last still counts. */
+static void wait_event(int deadline_ms)
+{
+	struct pollfd fds[3] = {
+		{FD_LINE, POLLIN, 0},
+		{self.signals, POLLIN, 0},
+		{self.supervisor_watched ? FD_SUPERVISOR : -1, POLLIN, 0},
+	};
+	struct __kernel_timespec ts = {deadline_ms / 1000, (deadline_ms % 1000) * 1000000LL};
+
+	long n = sys5(__NR_ppoll, fds, 3, deadline_ms < 0 ? NULL : &ts, NULL, 0);
+	if (n == 0)
+		quit(1); /* nobody said GO */
+	if (fds[1].revents)
+		take_signals();
+	int line = 1;
+	if (fds[0].revents)
+		while ((line = take_line()) > 0)
+			if (self.released && self.state.phase == PHASE_WAITING)
+				return;
+	if (line < 0 || fds[2].revents)
+		quit(1); /* exit of PID 1 takes everything with it */
+}
+
+/* --- set-up steps ----------------------------------------------------------------------------------------------------- */
+
+static long check_pid_one(const struct launch *l)
+{
+	(void)l;
+	return sys0(__NR_getpid) == 1 ? 0 : -EPERM;
+}
+
+static uint64_t root_mount_id(void)
+{
+	struct statx sx = {0};
+	if (sys5(__NR_statx, AT_FDCWD, "/", 0, STATX_MNT_ID, &sx) < 0 || !(sx.stx_mask & STATX_MNT_ID))
+		return 0;
+	return sx.stx_mnt_id;
+}
+
+/* The mistake that breaks the host's /proc must be impossible: whatever the flags say, a mount happens only in a mount
+ * namespace that is provably not the supervisor's (its root mount has another id; ids are unique over namespaces). */
+static long change_propagation(const struct launch *l)
+{
+	if (!(l->options & OPTION_MOUNT_NS))
+		return l->options & OPTION_PROC ? -EPERM : 0;
+	uint64_t id = root_mount_id();
+	if (id == 0 || l->mount_id == 0 || id == l->mount_id)
+		return -EPERM;
+	return sys5(__NR_mount, 0, "/", 0, MS_REC | MS_SLAVE, 0);
+}
+
+static long mount_proc(const struct launch *l)
+{
+	char target[4] = {0};
+	struct statfs_kernel fs = {0};
+
+	if (!(l->options & OPTION_PROC))
+		return 0;
+	long r = sys5(__NR_mount, "proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, 0);
+	if (r < 0)
+		return r;
+	/* what is there now must be procfs, and ours: in it we are PID 1 */
+	r = sys2(__NR_statfs, "/proc", &fs);
+	if (r < 0)
+		return r;
+	r = sys4(__NR_readlinkat, AT_FDCWD, "/proc/self", target, sizeof target);
+	return fs.type != PROC_SUPER_MAGIC || r != 1 || target[0] != '1' ? -ESTALE : 0;
+}
+
+static long set_hostname(const struct launch *l)
+{
+	return l->hostname ? sys2(__NR_sethostname, l->hostname, length_of(l->hostname)) : 0;
+}
+
+/* Only now: the supervisor writes the id maps through /proc, which a process that is not dumpable hides. */
+static long hide_memory(const struct launch *l)
+{
+	(void)l;
+	return sys5(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0);
+}
+
+struct step {
+	int id;
+	long (*run)(const struct launch *);
+};
+
+static const struct step setup_steps[] = {
+	{STEP_PID_ONE, check_pid_one},	       {STEP_PROPAGATION, change_propagation},
+	{STEP_MOUNT_PROC, mount_proc},	       {STEP_HOSTNAME, set_hostname},
+	{STEP_DUMPABLE, hide_memory},
+};
+
+/* --- the worker, between its clone and its exec: see vfork.h ------------------------------------------------------------ */
+
+static long own_session(const struct launch *l)
+{
+	(void)l;
+	long r = sys0(__NR_setsid);
+	return r == -EPERM ? 0 : r; /* without init we lead the session since the clone */
+}
+
+static long place_stdio(const struct launch *l)
+{
+	(void)l;
+	for (int i = 0; i < 3; i++) {
+		long r = sys3(__NR_dup3, FD_WORKER_STDIN + i, i, 0);
+		if (r < 0)
+			return r;
+	}
+	return 0;
+}
+
+static long take_terminal(const struct launch *l)
+{
+	return l->options & OPTION_TTY ? sys3(__NR_ioctl, 0, TIOCSCTTY, 0) : 0;
+}
+
+static long set_rlimits(const struct launch *l)
+{
+	for (uint32_t i = 0; i < l->rlimit_count; i++) {
+		uint64_t limit[2] = {l->rlimits[i].soft, l->rlimits[i].hard};
+		long r = sys4(__NR_prlimit64, 0, l->rlimits[i].resource, limit, NULL);
+		if (r < 0)
+			return r;
+	}
+	return 0;
+}
+
+static long set_groups(const struct launch *l)
+{
+	return l->has_identity ? sys2(__NR_setgroups, l->identity[2], l->identity + 3) : 0;
+}
+
+static long set_group(const struct launch *l)
+{
+	return l->has_identity ? sys3(__NR_setresgid, l->identity[1], l->identity[1], l->identity[1]) : 0;
+}
+
+static long set_user(const struct launch *l)
+{
+	return l->has_identity ? sys3(__NR_setresuid, l->identity[0], l->identity[0], l->identity[0]) : 0;
+}
+
+/* The worker gets no capability that only init's steps needed. */
+static long drop_capabilities(const struct launch *l)
+{
+	struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
+	struct __user_cap_data_struct data[2];
+
+	if (!(l->options & OPTION_USER_NS))
+		return 0;
+	long r = sys5(__NR_prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
+	if (r < 0)
+		return r;
+	r = sys2(__NR_capget, &head, data);
+	if (r < 0)
+		return r;
+	data[0].inheritable = data[1].inheritable = 0;
+	return sys2(__NR_capset, &head, data);
+}
+
+/* With the worker's own rights: init's would open directories that its user may not enter. */
+static long enter_directory(const struct launch *l)
+{
+	char path[4096];
+	long r;
+
+	if (l->has_umask)
+		sys1(__NR_umask, l->umask);
+	r = sys1(__NR_chdir, l->directory ? l->directory : "/");
+	if (r < 0)
+		return r;
+	r = sys2(__NR_getcwd, path, sizeof path);
+	if (r == -ERANGE)
+		return 0;
+	return r < 0 ? r : path[0] == '/' ? 0 : -ENOENT; /* "(unreachable)": outside this root */
+}
+
+static long clean_signals(const struct launch *l)
+{
+	(void)l;
+	uint64_t none = 0; /* dispositions are default already: init resets them before anything else */
+	return sys4(__NR_rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof none);
+}
+
+/* Tells the supervisor that this process is about to be the program; the kernel adds and translates the sender's PID.
+ * Then everything but stdio is closed for real: an exec path could name a descriptor. */
+static long announce_and_close(const struct launch *l)
+{
+	struct wire_started m = {self.state.generation, (int32_t)sys0(__NR_getpid)};
+	send_one(WIRE_STARTED, &m, sizeof m);
+	if (l->options & OPTION_INIT)
+		return sys3(__NR_close_range, 3, ~0U, 0);
+	/* The program will be PID 1 itself: the line must last until the exec, to tell of its failure and, by its end, of
+	 * its success. */
+	sys3(__NR_fcntl, FD_LINE, F_SETFD, FD_CLOEXEC);
+	return sys3(__NR_close_range, FD_LINE + 1, ~0U, 0);
+}
+
+/* The candidates in order, as execvp(3) has it: a later path is tried when one is not there or may not be run. */
+static long exec_program(const struct launch *l)
+{
+	long error = -ENOENT;
+	for (char **path = l->exec.items; *path; path++) {
+		long r = sys3(__NR_execve, *path, l->argv.items, l->env.items);
+		if (r == -EACCES)
+			error = r;
+		else if (r != -ENOENT && r != -ENOTDIR)
+			return r;
+	}
+	return error;
+}
+
+static const struct step worker_steps[] = {
+	{STEP_SESSION, own_session},	   {STEP_STDIO, place_stdio},	      {STEP_TTY, take_terminal},
+	{STEP_RLIMITS, set_rlimits},	   {STEP_GROUPS, set_groups},	      {STEP_GROUP, set_group},
+	{STEP_USER, set_user},		   {STEP_CAPABILITIES, drop_capabilities}, {STEP_DIRECTORY, enter_directory},
+	{STEP_SIGNALS, clean_signals},	   {STEP_DESCRIPTORS, announce_and_close}, {STEP_EXEC, exec_program},
+};
+
+/* Runs the steps. Returns 0, or -errno with *failed naming the first that failed; none after it runs. */
+static long run_steps(const struct step *steps, size_t count, int *failed)
+{
+	for (size_t i = 0; i < count; i++) {
+		failpoint(steps[i].id);
+		long r = steps[i].run(&self.launch);
+		if (r < 0) {
+			*failed = steps[i].id;
+			return r;
+		}
+	}
+	return 0;
+}
+
+#define RUN_STEPS(steps, failed) run_steps((steps), sizeof(steps) / sizeof *(steps), (failed))
+
+static int worker(void *unused)
+{
+	(void)unused;
+	self.error = (int)RUN_STEPS(worker_steps, &self.step);
+	return 127;
+}
+
+/* --- the life -------------------------------------------------------------------------------------------------------------- */
+
+static void close_worker_stdio(void)
+{
+	sys3(__NR_close_range, FD_WORKER_STDIN, FD_WORKER_STDERR, 0);
+}
+
+/* init stays: the program is its child. When the clone returns the exec has happened or failed, and memory says which. */
+static void start_child(void)
+{
+	struct clone_args args = {
+		.flags = CLONE_VM | CLONE_VFORK | CLONE_CLEAR_SIGHAND_FLAG,
+		.exit_signal = SIGCHLD,
+		.stack = (uint64_t)(uintptr_t)worker_stack,
+		.stack_size = sizeof worker_stack,
+	};
+	long ns_pid = vfork_call(&args, worker, NULL);
+	close_worker_stdio(); /* or the logs would never end */
+	if (ns_pid < 0) {
+		fail(STEP_CLONE_WORKER, ns_pid);
+	} else if (self.error) {
+		siginfo_t info;
+		sys5(__NR_waitid, P_PID, ns_pid, &info, WEXITED | __WALL, NULL);
+		fail(self.step, self.error);
+	} else {
+		self.state.ns_pid = (int32_t)ns_pid;
+		self.state.phase = PHASE_RUNNING;
+		send_one(WIRE_STATE, &self.state, sizeof self.state);
+	}
+}
+
+/* init = false: the program takes our place. Comes back only to report that it could not. */
+__attribute__((noreturn)) static void become_program(void)
+{
+	worker(NULL);
+	fail(self.step, self.error);
+	quit(127);
+}
+
+/* All signals blocked (a blocked one reaches PID 1 even where its default action would be dropped), none ignored, so
+ * that the worker inherits a clean state. */
+static void own_signals(void)
+{
+	uint64_t all = ALL_SIGNALS;
+	struct { void *handler; unsigned long flags; void *restorer; uint64_t mask; } standard = {0};
+
+	sys4(__NR_rt_sigprocmask, SIG_SETMASK, &all, NULL, sizeof all);
+	for (int signo = 1; signo <= 64; signo++)
+		sys4(__NR_rt_sigaction, signo, &standard, NULL, sizeof all);
+	self.signals = (int)sys4(__NR_signalfd4, -1, &all, sizeof all, O_CLOEXEC | O_NONBLOCK);
+}
+
+static void wait_go(void)
+{
+	self.supervisor_watched = 1;
+	while (take_line() > 0)
+		;
+	while (!self.released || self.state.phase == PHASE_FAILED)
+		wait_event(GO_DEADLINE_MS);
+}
+
+__attribute__((noreturn, used)) static void life(void)
+{
+	int failed = STEP_NONE;
+
+	sys5(__NR_prctl, PR_SET_NAME, "nssup-init", 0, 0, 0);
+	own_signals();
+	sys1(__NR_chdir, "/"); /* the supervisor's directory must not stay busy for our sake */
+	wait_go();
+	self.state.phase = PHASE_SETUP;
+	long r = RUN_STEPS(setup_steps, &failed);
+	if (r < 0) {
+		close_worker_stdio();
+		fail(failed, r);
+	} else if (self.launch.options & OPTION_INIT) {
+		start_child();
+	} else {
+		become_program();
+	}
+	for (;;)
+		wait_event(-1);
+}
+
+#if defined(__x86_64__)
+__asm__(".globl _start\n_start:\n\txor %ebp, %ebp\n\tand $-16, %rsp\n\tcall life\n");
+#else
+__asm__(".globl _start\n_start:\n\tmov x29, xzr\n\tmov x30, xzr\n\tbl life\n");
+#endif

@@ -1,0 +1,211 @@
+"""The launch record (what init is to do) and the life slot (what a supervisor notes of one life): their bytes.
+
+docs/contracts.md (b), (c). Layouts of the record are native/wire.h's. Pure.
+"""
+
+import struct
+import zlib
+from typing import NamedTuple
+
+# --- launch record -----------------------------------------------------------------------------------------------
+
+RECORD_MAGIC = 0x524C534E
+RECORD_VERSION = 1
+MUST = 1  # an init that does not know this field must refuse the record
+UNLIMITED = 0xFFFFFFFFFFFFFFFF
+
+FIELD_TOKEN = 1
+FIELD_OPTIONS = 2
+FIELD_ARGV = 3
+FIELD_ENV = 4
+FIELD_EXEC = 5
+FIELD_DIRECTORY = 6
+FIELD_HOSTNAME = 7
+FIELD_IDENTITY = 8
+FIELD_UMASK = 9
+FIELD_RLIMITS = 10
+FIELD_MOUNT_ID = 11
+
+OPTION_INIT = 1
+OPTION_MOUNT_NS = 2
+OPTION_PROC = 4
+OPTION_TTY = 8
+OPTION_USER_NS = 16
+
+_HEAD = struct.Struct("<IHHII")
+_FIELD = struct.Struct("<HHI")
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_RLIMIT = struct.Struct("<IIQQ")
+_PADDING = (b"", b"\0" * 7, b"\0" * 6, b"\0" * 5, b"\0" * 4, b"\0" * 3, b"\0" * 2, b"\0")
+
+
+class Identity(NamedTuple):
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """One life's launch, everything resolved. argv, env ("NAME=VALUE"), candidates (paths to try in order), directory and
+    hostname are file-system encoded. rlimits: (resource number, soft, hard), UNLIMITED for no limit. identity None:
+    the supervisor's own. die: the life ends with its supervisor. namespaces: names of spec.NAMESPACES."""
+
+    generation: int
+    argv: tuple[bytes, ...]
+    env: tuple[bytes, ...]
+    candidates: tuple[bytes, ...]
+    namespaces: frozenset[str]
+    directory: bytes = b"/"
+    hostname: bytes | None = None
+    proc: bool = True
+    init: bool = True
+    tty: bool = False
+    die: bool = True
+    identity: Identity | None = None
+    umask: int | None = None
+    rlimits: tuple[tuple[int, int, int], ...] = ()
+
+
+def _field(kind: int, data: bytes, flags: int = MUST) -> bytes:
+    return _FIELD.pack(kind, flags, len(data)) + data + _PADDING[len(data) % 8]
+
+
+def _list(items: tuple[bytes, ...]) -> bytes:
+    at = 8 + 8 * (len(items) + 1)
+    offsets = []
+    for item in items:
+        offsets.append(at)
+        at += len(item) + 1
+    offsets.append(0)
+    return struct.pack(f"<II{len(offsets)}Q", len(items), 0, *offsets) + b"\0".join(items) + b"\0"
+
+
+def options_of(plan: Plan) -> int:
+    return (
+        (OPTION_INIT if plan.init else 0)
+        | (OPTION_MOUNT_NS if "mount" in plan.namespaces else 0)
+        | (OPTION_PROC if plan.proc else 0)
+        | (OPTION_TTY if plan.tty else 0)
+        | (OPTION_USER_NS if "user" in plan.namespaces else 0)
+    )
+
+
+def encode(plan: Plan, token: bytes, mount_id: int) -> bytes:
+    """The record's bytes. token: 16 bytes that GO repeats. mount_id: of the supervisor's root mount.
+
+    Raises nothing: a Plan made from a valid spec can always be written.
+    """
+    fields = [
+        _field(FIELD_TOKEN, token),
+        _field(FIELD_OPTIONS, _U32.pack(options_of(plan))),
+        _field(FIELD_MOUNT_ID, _U64.pack(mount_id)),
+        _field(FIELD_ARGV, _list(plan.argv)),
+        _field(FIELD_ENV, _list(plan.env)),
+        _field(FIELD_EXEC, _list(plan.candidates)),
+    ]
+    if plan.directory != b"/":
+        fields.append(_field(FIELD_DIRECTORY, plan.directory + b"\0"))
+    if plan.hostname is not None:
+        fields.append(_field(FIELD_HOSTNAME, plan.hostname + b"\0"))
+    if plan.identity is not None:
+        uid, gid, groups = plan.identity
+        fields.append(_field(FIELD_IDENTITY, struct.pack(f"<{3 + len(groups)}I", uid, gid, len(groups), *groups)))
+    if plan.umask is not None:
+        fields.append(_field(FIELD_UMASK, _U32.pack(plan.umask)))
+    if plan.rlimits:
+        limits = b"".join(_RLIMIT.pack(resource, 0, soft, hard) for resource, soft, hard in plan.rlimits)
+        fields.append(_field(FIELD_RLIMITS, limits))
+    body = b"".join(fields)
+    return _HEAD.pack(RECORD_MAGIC, RECORD_VERSION, 0, _HEAD.size + len(body), plan.generation) + body
+
+
+# --- life slot -----------------------------------------------------------------------------------------------------
+
+SLOT_SIZE = 512
+SLOT_MAGIC = 0x4C53534E
+SLOT_VERSION = 1
+
+# magic, version, step, sequence, boot id, epoch, generation, PID namespace inode, init start time, pidfd inode,
+# init host PID, host PID, namespace PID, stop step, deadline, launched at, running since, restarts, failures,
+# handle length, handle, worker id, spec hash; then zeroes for what comes later; the last four bytes are the CRC-32.
+_SLOT = struct.Struct("<IHHQ16sIIQQQiiiidddIII64s64s32s")
+_CRC = struct.Struct("<I")
+
+
+class Slot(NamedTuple):
+    """One life as its supervisor last knew it. step: of SLOT_STEPS. Times are CLOCK_BOOTTIME seconds, 0.0 for none;
+    handle: the pidfs file handle of init's pidfd (name_to_handle_at(2)), empty where the kernel has none."""
+
+    step: int
+    sequence: int
+    boot_id: bytes
+    epoch: int
+    generation: int
+    worker: str
+    pidns_inode: int = 0
+    init_start_time: int = 0
+    pidfd_inode: int = 0
+    init_host_pid: int = 0
+    host_pid: int = 0
+    ns_pid: int = 0
+    stop_step: int = 0
+    deadline: float = 0.0
+    launched_at: float = 0.0
+    running_since: float = 0.0
+    restarts: int = 0
+    failures: int = 0
+    handle: bytes = b""
+    spec_hash: bytes = b""
+
+
+SLOT_FREE, SLOT_SPAWNING, SLOT_RELEASED, SLOT_STOPPING, SLOT_OVER = range(5)
+
+
+def encode_slot(slot: Slot) -> bytes:
+    """Exactly SLOT_SIZE bytes. Raises ValueError when the id or the handle does not fit."""
+    name = slot.worker.encode()
+    if len(name) > 64 or len(slot.handle) > 64 or len(slot.spec_hash) > 32 or len(slot.boot_id) != 16:
+        raise ValueError("life slot: a field is too long")
+    body = _SLOT.pack(
+        SLOT_MAGIC,
+        SLOT_VERSION,
+        slot.step,
+        slot.sequence,
+        slot.boot_id,
+        slot.epoch,
+        slot.generation,
+        slot.pidns_inode,
+        slot.init_start_time,
+        slot.pidfd_inode,
+        slot.init_host_pid,
+        slot.host_pid,
+        slot.ns_pid,
+        slot.stop_step,
+        slot.deadline,
+        slot.launched_at,
+        slot.running_since,
+        slot.restarts,
+        slot.failures,
+        len(slot.handle),
+        slot.handle,
+        name,
+        slot.spec_hash,
+    )
+    body += bytes(SLOT_SIZE - _CRC.size - len(body))
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def decode_slot(data: bytes) -> Slot | None:
+    """The slot, or None when it is free, torn, of another version, or not ours. Never raises."""
+    if len(data) != SLOT_SIZE or _CRC.unpack_from(data, SLOT_SIZE - _CRC.size)[0] != zlib.crc32(data[: -_CRC.size]):
+        return None
+    magic, version, step, sequence, boot_id, epoch, generation, *rest = _SLOT.unpack_from(data)
+    if magic != SLOT_MAGIC or not SLOT_VERSION - 1 <= version <= SLOT_VERSION or step == SLOT_FREE:
+        return None
+    *numbers, handle_length, handle, name, spec_hash = rest
+    try:
+        worker = name.rstrip(b"\0").decode()
+    except UnicodeDecodeError:
+        return None
+    return Slot(step, sequence, boot_id, epoch, generation, worker, *numbers, handle[: min(handle_length, 64)], spec_hash)

@@ -1,0 +1,177 @@
+"""Specs: the frozen description of a pool, in final units (seconds, bytes, signal numbers), defaults included.
+
+Whoever builds a spec (config.parse, or Python directly) gets a valid one or a SpecError: `validate` says every problem.
+Pure: names of users stay names here; whether they exist is asked of the host by whoever has the facts.
+"""
+
+import re
+from typing import Literal
+
+import msgspec
+
+from nssup.errors import Problem, SpecError
+
+NAMESPACES = ("pid", "mount", "uts", "ipc", "net", "user", "cgroup", "time")
+DEFAULT_NAMESPACES = ("pid", "mount", "uts", "ipc")
+POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,47}")
+SIGTERM = 15
+SIGKILL = 9
+
+
+class Backoff(msgspec.Struct, frozen=True, kw_only=True):
+    """Waits between launches: first * factor**n, capped at max, times 1 +- jitter; forgotten after reset_after seconds up."""
+
+    first: float = 0.1
+    factor: float = 2.0
+    max: float = 30.0
+    jitter: float = 0.1
+    reset_after: float = 60.0
+
+
+class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """When a life that ended by itself is followed by another. settle, in seconds: up that long, its first restart is
+    immediate; every later one waits by backoff."""
+
+    policy: Literal["always", "on-failure", "never"] = "always"
+    success: tuple[int, ...] = (0,)
+    settle: float = 1.0
+    backoff: Backoff = Backoff()
+
+
+class StopStep(msgspec.Struct, frozen=True):
+    """Send signal to the main program and give it wait seconds; signal None kills the whole tree and ends the sequence."""
+
+    signal: int | None
+    wait: float = 0.0
+
+
+DEFAULT_STOP = (StopStep(SIGTERM, 10.0), StopStep(None))
+
+
+class LogSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """merge: stdout and stderr share one pipe (order between them kept, stream is `stdout`)."""
+
+    merge: bool = False
+
+
+class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A pool and how each of its workers runs. Field names are the config's keys (interface.md, Config).
+
+    command, env, directory, hostname may hold {index} {pool} {id} {generation}, {index+9000}, {index:02}: see `expand`.
+    user, group, groups: names or numbers as text; None means the supervisor's own. umask: an int. rlimits: resource
+    name without RLIMIT_, lower case -> (soft, hard), None = unlimited. proc: mount a private /proc (needs pid and mount).
+    """
+
+    name: str
+    command: tuple[str, ...]
+    workers: int = 1
+    directory: str = "/"
+    user: str | None = None
+    group: str | None = None
+    groups: tuple[str, ...] | None = None
+    umask: int = 0o022
+    env: dict[str, str] = {}
+    env_inherit: tuple[str, ...] = ()
+    type: Literal["service", "oneshot"] = "service"
+    essential: bool = False
+    enabled: bool = True
+    on_supervisor_death: Literal["keep", "die"] = "keep"
+    init: bool = True
+    namespaces: tuple[str, ...] = DEFAULT_NAMESPACES
+    proc: bool = True
+    hostname: str | None = None
+    stop: tuple[StopStep, ...] = DEFAULT_STOP
+    restart: RestartPolicy = RestartPolicy()
+    rlimits: dict[str, tuple[int | None, int | None]] = {}
+    log: LogSpec = LogSpec()
+
+
+# A brace pair round one of our words, with arithmetic or a width; {{ and }} round anything are literal braces of a word.
+_FIELD = re.compile(r"\{\{(\w+)\}\}|\{([a-z_]+)([+-]\d+)?(?::(0?\d+))?\}")
+FIELDS = ("index", "pool", "id", "generation")
+
+
+def unknown_fields(text: str) -> list[str]:
+    """The {words} of text that `expand` does not know, in order (an error for the user: he may mean {{word}})."""
+    return [m[2] for m in _FIELD.finditer(text) if m[2] and m[2] not in FIELDS]
+
+
+def expand(text: str, pool: str, index: int, generation: int) -> str:
+    """text with its fields filled in: {index} {pool} {id} {generation}, {index+9000}, {index:02}; {{word}} gives {word}.
+
+    Braces round anything else are literal. Never raises for text in which unknown_fields found nothing.
+    """
+    if "{" not in text:
+        return text
+    values: dict[str, int | str] = {"index": index, "pool": pool, "id": f"{pool}/{index}", "generation": generation}
+
+    def fill(m: re.Match[str]) -> str:
+        if m[1]:
+            return "{" + m[1] + "}"
+        value = values.get(m[2])
+        if value is None:
+            return m[0]
+        if isinstance(value, int):
+            value = value + int(m[3] or 0)
+        return format(value, m[4] or "")
+
+    return _FIELD.sub(fill, text)
+
+
+def validate(spec: PoolSpec) -> PoolSpec:
+    """spec itself, or SpecError with every rule it breaks that one value alone cannot show."""
+    problems = [Problem("", 0, 0, f"pool.{spec.name}.{key}", why) for key, why in _problems(spec)]
+    if problems:
+        raise SpecError(*problems)
+    return spec
+
+
+def _problems(spec: PoolSpec) -> list[tuple[str, str]]:
+    found = []
+    if not POOL_NAME.fullmatch(spec.name):
+        found.append(("name", f"{spec.name!r} is no pool name: use [a-z0-9][a-z0-9_-]{{0,47}}"))
+    if not spec.command or not spec.command[0]:
+        found.append(("command", "is empty: name the program to run"))
+    if spec.workers < 0:
+        found.append(("workers", "cannot be negative"))
+    for key, text in spec_texts(spec):
+        if "\0" in text:
+            found.append((key, "holds a NUL byte, which no program can receive"))
+        found += [(key, f"unknown field {{{word}}}: for a literal brace write {{{{{word}}}}}") for word in unknown_fields(text)]
+    found += [("namespaces", f"unknown namespace {ns!r}: use {', '.join(NAMESPACES)}") for ns in spec.namespaces if ns not in NAMESPACES]
+    if not spec.directory.startswith("/"):
+        found.append(("directory", "must be an absolute path"))
+    found += _namespace_problems(spec)
+    if not spec.stop:
+        found.append(("stop", 'is empty: the shortest sequence is ["kill"]'))
+    elif spec.stop[-1].signal is not None:
+        found.append(("stop", 'must end with "kill", or a worker could survive its stop'))
+    return found
+
+
+def _namespace_problems(spec: PoolSpec) -> list[tuple[str, str]]:
+    found = []
+    if "pid" not in spec.namespaces:
+        found.append(("namespaces", "must hold pid: without it a stop could leave processes behind"))
+    if spec.proc and "mount" not in spec.namespaces:
+        found.append(
+            (
+                "namespaces",
+                "a private /proc needs a private mount namespace, or it would replace the host's: add mount, or set proc = false",
+            )
+        )
+    if spec.hostname is not None and "uts" not in spec.namespaces:
+        found.append(("hostname", "needs the uts namespace, or it would rename the host: add uts to namespaces"))
+    if spec.hostname is not None and len(spec.hostname) > 64:
+        found.append(("hostname", "is longer than the 64 bytes Linux takes"))
+    return found
+
+
+def spec_texts(spec: PoolSpec) -> list[tuple[str, str]]:
+    """(key, text) of everything that `expand` is applied to."""
+    texts = [(f"command.{i}", text) for i, text in enumerate(spec.command)]
+    texts += [(f"env.{name}", text) for name, text in spec.env.items()]
+    texts.append(("directory", spec.directory))
+    if spec.hostname is not None:
+        texts.append(("hostname", spec.hostname))
+    return texts
