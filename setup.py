@@ -39,7 +39,7 @@ class BuildNative(build_ext):
         return [*super().get_outputs(), str(self.init_path())]
 
 
-clone = Extension("nssup._clone", ["nssup/native/clone.c"], depends=["nssup/native/wire.h"], py_limited_api=True)
+clone = Extension("nssup._clone", ["nssup/native/clone.c"], py_limited_api=True)
 clone.define_macros = [("Py_LIMITED_API", "0x030b0000")]
 clone.extra_compile_args = CLONE_FLAGS
 setup(ext_modules=[clone], cmdclass={"build_ext": BuildNative}, options={"bdist_wheel": {"py_limited_api": "cp311"}})

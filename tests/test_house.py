@@ -18,11 +18,11 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 
 # A module imports from the rows above it in this table, never from its own.
 ROWS = [
-    "errors",
+    "errors units locate",
     "spec events record wire",
     "machine restart deps rollout schedule adopt lines config diff",
     "workers",
-    "clone custody watch probe logs cgroup network sandbox doctor",
+    "clone custody watch probe logs cgroup network sandbox doctor terminal",
     "loop sim",
     "executor run foreground",
     "ctl http client",
@@ -30,8 +30,8 @@ ROWS = [
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 LAST_PURE_ROW = ROW["workers"]
-# The entry point chooses between the quick path and the whole command line, which may reuse the quick path.
-WITHIN_ROW = {("__main__", "fast"), ("__main__", "cli"), ("cli", "fast")}
+# The few that may look sideways, importer first; one direction only.
+WITHIN_ROW = {("machine", "restart"), ("__main__", "fast"), ("__main__", "cli"), ("cli", "fast")}
 
 # `signal` is not here: the pure rows need the names of signals.
 IMPURE = frozenset(
