@@ -1,0 +1,511 @@
+"""The life of one worker: what each event does to it in each state, and what is to be done about it.
+
+`step` is a pure function over TABLE, the only place where a life is decided about; docs/states.md is drawn from it.
+Restarts are decided in restart.py. Times are CLOCK_BOOTTIME seconds. The rules are those of interface.md (States) and
+design.md 5: a life is over when its namespace is empty, and only then may the next one launch; `stopped`, `done` and
+`failed` are said when init itself was reaped, which is the kernel's proof.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+from msgspec.structs import replace
+
+from nssup import restart
+from nssup.errors import ImpossibleEvent
+from nssup.events import (
+    Empty,
+    Exit,
+    Exited,
+    Gone,
+    Input,
+    Kill,
+    Launched,
+    LaunchFailed,
+    LifeInput,
+    Remove,
+    Restart,
+    Running,
+    SetupFailed,
+    Start,
+    Started,
+    State,
+    Stop,
+    Tick,
+)
+from nssup.spec import SIGKILL, PoolSpec
+
+# --- what is to be done --------------------------------------------------------------------------------------------
+
+
+class Action(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Base of what `step` asks for. Done in order, before anything else is fed about the worker."""
+
+
+class Launch(Action, frozen=True, gc=False):
+    """Launch a life of this number; Launched or LaunchFailed must follow."""
+
+    generation: int
+
+
+class SignalMain(Action, frozen=True, gc=False):
+    """Send signo to the main program."""
+
+    generation: int
+    signo: int
+
+
+class SignalTree(Action, frozen=True, gc=False):
+    """Send signo to every process of the namespace but init."""
+
+    generation: int
+    signo: int
+
+
+class KillTree(Action, frozen=True, gc=False):
+    """SIGKILL to init's pidfd, which takes everything in the namespace with it."""
+
+    generation: int
+
+
+class Forget(Action, frozen=True, gc=False):
+    """The worker is stopped and to be removed: nothing of it remains."""
+
+
+# --- the worker ----------------------------------------------------------------------------------------------------
+
+
+class Worker(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Everything that is known about a worker.
+
+    reason: why it is in this state (closed set in docs/contracts.md), None while running.
+    want_up, removing, again: what was asked of it: be up; be forgotten once down; launch as soon as this life is over.
+    generation: the number of its newest life, 0 before the first. restarts: automatic ones since an operator's start.
+    launched_at: when the newest life was asked for. running_since: when its exec succeeded, None when its program does
+    not run. uptime: seconds it ran, known between its exit and its end. deadline: when it wants a Tick; exactly in
+    BACKOFF and in STOPPING while a stop step waits.
+    host_pid, ns_pid: the program's, None when there is none; last_host_pid, last_ns_pid: also after its end.
+    alive: the newest life is not over. killed: its tree was sent SIGKILL by us. stop_step: the step of spec.stop it is
+    in, None outside the sequence. lingering: lives that are over, their init not reaped yet. outcome: the state that
+    waits for that, in STOPPING. exit: how the life ended so far; last_exit: how the last life that is over ended.
+    """
+
+    pool: str
+    index: int
+    state: State = State.STOPPED
+    reason: str | None = None
+    want_up: bool = False
+    removing: bool = False
+    again: bool = False
+    generation: int = 0
+    restarts: int = 0
+    history: restart.History = restart.FORGOTTEN
+    launched_at: float | None = None
+    running_since: float | None = None
+    uptime: float | None = None
+    deadline: float | None = None
+    init_host_pid: int | None = None
+    host_pid: int | None = None
+    ns_pid: int | None = None
+    last_host_pid: int | None = None
+    last_ns_pid: int | None = None
+    alive: bool = False
+    killed: bool = False
+    stop_step: int | None = None
+    lingering: tuple[int, ...] = ()
+    outcome: State | None = None
+    exit: Exit | None = None
+    last_exit: Exit | None = None
+
+    @property
+    def id(self) -> str:
+        """`web/3`."""
+        return f"{self.pool}/{self.index}"
+
+
+class Here(NamedTuple):
+    """What a step may know beside the worker and the event. seed: of the jitter, one for the whole supervisor."""
+
+    spec: PoolSpec
+    now: float
+    seed: str
+
+
+Step: TypeAlias = tuple[Worker, tuple[Action, ...]]
+NOTHING: tuple[Action, ...] = ()
+
+
+# --- launching -----------------------------------------------------------------------------------------------------
+
+
+def _launch(w: Worker, here: Here, reason: str | None) -> Step:
+    """The next life. Whatever lingers goes on lingering beside it."""
+    generation = w.generation + 1
+    w = replace(
+        w,
+        state=State.STARTING,
+        reason=reason,
+        again=False,
+        generation=generation,
+        launched_at=here.now,
+        deadline=None,
+        last_host_pid=None,
+        last_ns_pid=None,
+        alive=True,
+        killed=False,
+        outcome=None,
+    )
+    return w, (Launch(generation),)
+
+
+def _start(w: Worker, event: Input, here: Here) -> Step:
+    """An operator wants it up, and no life is in the way."""
+    return _launch(_asked(w), here, None)
+
+
+def _asked(w: Worker) -> Worker:
+    """Up because an operator said so: what went before is forgotten."""
+    return replace(w, want_up=True, removing=False, restarts=0, history=restart.FORGOTTEN)
+
+
+def _stay_up(w: Worker, event: Input, here: Here) -> Step:
+    return _asked(w), NOTHING
+
+
+def _relaunch(w: Worker, here: Here) -> Step:
+    """The next life, by policy."""
+    reason = w.last_exit.reason if w.last_exit else None
+    return _launch(replace(w, restarts=w.restarts + 1), here, reason)
+
+
+def _launched(w: Worker, event: Launched, here: Here) -> Step:
+    return replace(w, init_host_pid=event.init_host_pid), NOTHING
+
+
+def _launched_to_die(w: Worker, event: Launched, here: Here) -> Step:
+    """A stop was faster than the launch."""
+    return _kill(replace(w, init_host_pid=event.init_host_pid))
+
+
+def _started(w: Worker, event: Started, here: Here) -> Step:
+    host_pid, ns_pid = event.host_pid, event.ns_pid
+    return replace(w, host_pid=host_pid, ns_pid=ns_pid, last_host_pid=host_pid, last_ns_pid=ns_pid), NOTHING
+
+
+def _running(w: Worker, event: Running, here: Here) -> Step:
+    return replace(w, state=State.RUNNING, reason=None, running_since=here.now), NOTHING
+
+
+def _setup_failed(w: Worker, event: SetupFailed, here: Here) -> Step:
+    """Only remembered: the life is over when it is empty."""
+    return replace(w, exit=w.exit or Exit(reason=event.reason), host_pid=None, ns_pid=None), NOTHING
+
+
+def _launch_failed(w: Worker, event: LaunchFailed, here: Here) -> Step:
+    return _over(w, Exit(reason=event.reason), here)
+
+
+# --- stopping ------------------------------------------------------------------------------------------------------
+
+
+def _begin_stop(w: Worker, here: Here) -> Step:
+    """Into the stop sequence, or straight to the kill when the program does not run yet."""
+    w = replace(w, state=State.STOPPING, reason="operator")
+    if w.running_since is not None:
+        return _stop_step(w, 0, here)
+    # Without an init yet, the kill comes with Launched.
+    return _kill(w) if w.init_host_pid is not None and not w.killed else (w, NOTHING)
+
+
+def _stop_step(w: Worker, number: int, here: Here) -> Step:
+    """Step `number` of the stop sequence. One that was killed already has nothing left to be sent."""
+    if w.killed:
+        return w, NOTHING
+    w = replace(w, stop_step=number)
+    step = here.spec.stop[number] if number < len(here.spec.stop) else None
+    if step is None or step.signal is None:
+        return _kill(w)
+    return replace(w, deadline=here.now + step.wait), (SignalMain(w.generation, step.signal),)
+
+
+def _kill(w: Worker) -> Step:
+    """The whole tree. Nothing can be done after it, so nothing is waited for but the end."""
+    return replace(w, killed=True, deadline=None), (KillTree(w.generation),)
+
+
+def _stop(w: Worker, event: Input, here: Here) -> Step:
+    return _begin_stop(replace(w, want_up=False), here)
+
+
+def _remove(w: Worker, event: Input, here: Here) -> Step:
+    return _begin_stop(replace(w, want_up=False, removing=True), here)
+
+
+def _restart(w: Worker, event: Input, here: Here) -> Step:
+    return _begin_stop(replace(_asked(w), again=True), here)
+
+
+def _next_stop_step(w: Worker, event: Tick, here: Here) -> Step:
+    if w.deadline is None or w.stop_step is None or here.now < w.deadline:
+        return w, NOTHING
+    return _stop_step(w, w.stop_step + 1, here)
+
+
+def _come_back(w: Worker, event: Input, here: Here) -> Step:
+    """An operator wants up what is going down: when this life is over, or at once when it already is."""
+    if not w.alive:
+        return _start(w, event, here)
+    return replace(_asked(w), again=True), NOTHING
+
+
+def _stay_down(w: Worker, event: Input, here: Here) -> Step:
+    """An operator wants down what is going down: whatever was to follow does not."""
+    removing = w.removing or isinstance(event, Remove)
+    outcome = None if w.alive else State.STOPPED
+    return replace(w, want_up=False, again=False, removing=removing, reason="operator", outcome=outcome), NOTHING
+
+
+def _down(w: Worker, event: Input, here: Here) -> Step:
+    """An operator wants down what has no life."""
+    removing = w.removing or isinstance(event, Remove)
+    return _rest(replace(w, want_up=False, removing=removing, deadline=None), State.STOPPED, "operator")
+
+
+# --- the end of a life ---------------------------------------------------------------------------------------------
+
+
+def _exited(w: Worker, event: Exited, here: Here) -> Step:
+    """The main program is gone; init kills the rest of the tree by itself, so no stop step is needed any more."""
+    if w.exit is None:
+        ran = None if w.running_since is None else here.now - w.running_since
+        w = replace(w, exit=_marked(w, event.exit), uptime=ran)
+    w = replace(w, running_since=None, host_pid=None, ns_pid=None, deadline=None)
+    if event.empty:
+        return _linger(w, here)
+    if w.state is State.STOPPING:
+        return w, NOTHING
+    return replace(w, state=State.STOPPING, reason=event.exit.reason), NOTHING
+
+
+def _empty(w: Worker, event: Empty, here: Here) -> Step:
+    return _linger(w, here)
+
+
+def _linger(w: Worker, here: Here) -> Step:
+    """Over, though its init is still there."""
+    return _over(replace(w, lingering=(*w.lingering, w.generation)), w.exit or _unseen(w, None, here), here)
+
+
+def _gone(w: Worker, event: Gone, here: Here) -> Step:
+    """An init was reaped: the end of the newest life, or the proof about one that is over."""
+    if event.generation == w.generation and w.alive:
+        return _over(w, w.exit or _unseen(w, event.exit, here), here)
+    w = replace(w, lingering=tuple(g for g in w.lingering if g != event.generation))
+    if w.outcome is not None and not w.lingering:
+        return _rest(w, w.outcome, w.reason)
+    return w, NOTHING
+
+
+def _unseen(w: Worker, seen: Exit | None, here: Here) -> Exit:
+    """The exit of a life whose init said nothing about it. seen: what the reaper of its PID 1 saw.
+
+    Without init that is the truth itself. With init it is the status of init, which says nothing about the program;
+    but a tree that we killed died of that, and of one killed by others no code is invented.
+    """
+    if seen is not None and not here.spec.init:
+        return _marked(w, seen)
+    at = seen.at if seen else 0.0
+    if w.killed:
+        return _marked(w, Exit(reason="signal:SIGKILL", signal=SIGKILL, at=at))
+    return Exit(reason="init-killed", at=at)
+
+
+def _marked(w: Worker, seen: Exit) -> Exit:
+    """seen, with timed_out set when the life had to be killed because it outlasted its stop sequence."""
+    return replace(seen, timed_out=True) if w.killed and w.stop_step else seen
+
+
+def _over(w: Worker, ended: Exit, here: Here) -> Step:
+    """The newest life is over: what follows it. Never two lives: the only way to a launch from a life is this one."""
+    uptime = w.uptime
+    if uptime is None and w.running_since is not None:
+        uptime = here.now - w.running_since
+    w = replace(
+        w,
+        alive=False,
+        last_exit=ended,
+        exit=None,
+        uptime=None,
+        running_since=None,
+        deadline=None,
+        stop_step=None,
+        init_host_pid=None,
+        host_pid=None,
+        ns_pid=None,
+    )
+    if w.again:
+        return _launch(w, here, None)
+    if not w.want_up:
+        return _rest(w, State.STOPPED, "operator")
+    return _by_policy(w, ended, uptime, here)
+
+
+def _by_policy(w: Worker, ended: Exit, uptime: float | None, here: Here) -> Step:
+    """What follows a life that nobody asked to end."""
+    spec = here.spec
+    verdict = restart.decide(
+        spec.restart, spec.type, w.history, ended, uptime, seed=here.seed, worker_id=w.id, generation=w.generation
+    )
+    if isinstance(verdict, restart.Finished):
+        return _rest(w, State.DONE, ended.reason)
+    if isinstance(verdict, restart.GaveUp):
+        return _rest(w, State.FAILED, ended.reason)
+    w = replace(w, history=verdict.history)
+    if verdict.delay == 0:
+        return _relaunch(w, here)
+    return replace(w, state=State.BACKOFF, reason=ended.reason, deadline=here.now + verdict.delay), NOTHING
+
+
+def _rest(w: Worker, state: State, reason: str | None) -> Step:
+    """Into STOPPED, DONE or FAILED, but not before every init was reaped."""
+    if w.lingering:
+        return replace(w, state=State.STOPPING, reason=reason, outcome=state), NOTHING
+    w = replace(w, state=state, reason=reason, outcome=None)
+    return w, (Forget(),) if w.removing else NOTHING
+
+
+def _wait_over(w: Worker, event: Tick, here: Here) -> Step:
+    if w.deadline is None or here.now < w.deadline:
+        return w, NOTHING
+    return _relaunch(w, here)
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+
+def _signal(w: Worker, event: Kill, here: Here) -> Step:
+    """What an operator asked for, as far as there is somebody to get it. No stop: the policy decides what follows."""
+    if event.tree and w.alive and w.init_host_pid is not None:
+        if event.signo != SIGKILL:
+            return w, (SignalTree(w.generation, event.signo),)
+        return _kill(replace(w, stop_step=None))
+    if not event.tree and w.alive and w.host_pid is not None:
+        return w, (SignalMain(w.generation, event.signo),)
+    return w, NOTHING
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+class Edge(NamedTuple):
+    """What an event does in a state, and every state it may lead to (checked on each step)."""
+
+    do: Callable[..., Step]
+    to: frozenset[State]
+
+
+def _to(do: Callable[..., Step], *states: State) -> Edge:
+    return Edge(do, frozenset(states))
+
+
+_S = State
+
+TABLE: dict[tuple[State, type[Input]], Edge] = {
+    (_S.STOPPED, Start): _to(_start, _S.STARTING),
+    (_S.STOPPED, Restart): _to(_start, _S.STARTING),
+    (_S.STOPPED, Remove): _to(_down, _S.STOPPED),
+    (_S.STARTING, Start): _to(_stay_up, _S.STARTING),
+    (_S.STARTING, Stop): _to(_stop, _S.STOPPING),
+    (_S.STARTING, Restart): _to(_restart, _S.STOPPING),
+    (_S.STARTING, Remove): _to(_remove, _S.STOPPING),
+    (_S.STARTING, Kill): _to(_signal, _S.STARTING),
+    (_S.STARTING, Launched): _to(_launched, _S.STARTING),
+    (_S.STARTING, LaunchFailed): _to(_launch_failed, _S.BACKOFF, _S.FAILED, _S.STOPPING),
+    (_S.STARTING, Started): _to(_started, _S.STARTING),
+    (_S.STARTING, Running): _to(_running, _S.RUNNING),
+    (_S.STARTING, SetupFailed): _to(_setup_failed, _S.STARTING),
+    (_S.STARTING, Exited): _to(_exited, _S.STOPPING, _S.BACKOFF),
+    (_S.STARTING, Empty): _to(_empty, _S.BACKOFF, _S.STOPPING),
+    (_S.STARTING, Gone): _to(_gone, _S.STARTING, _S.BACKOFF, _S.FAILED, _S.DONE, _S.STOPPING),
+    (_S.RUNNING, Start): _to(_stay_up, _S.RUNNING),
+    (_S.RUNNING, Stop): _to(_stop, _S.STOPPING),
+    (_S.RUNNING, Restart): _to(_restart, _S.STOPPING),
+    (_S.RUNNING, Remove): _to(_remove, _S.STOPPING),
+    (_S.RUNNING, Kill): _to(_signal, _S.RUNNING),
+    (_S.RUNNING, Exited): _to(_exited, _S.STOPPING, _S.STARTING, _S.BACKOFF),
+    (_S.RUNNING, Empty): _to(_empty, _S.STOPPING, _S.STARTING, _S.BACKOFF),
+    (_S.RUNNING, Gone): _to(_gone, _S.RUNNING, _S.STARTING, _S.BACKOFF, _S.FAILED, _S.DONE, _S.STOPPING),
+    (_S.STOPPING, Start): _to(_come_back, _S.STOPPING, _S.STARTING),
+    (_S.STOPPING, Stop): _to(_stay_down, _S.STOPPING),
+    (_S.STOPPING, Restart): _to(_come_back, _S.STOPPING, _S.STARTING),
+    (_S.STOPPING, Remove): _to(_stay_down, _S.STOPPING),
+    (_S.STOPPING, Kill): _to(_signal, _S.STOPPING),
+    (_S.STOPPING, Launched): _to(_launched_to_die, _S.STOPPING),
+    (_S.STOPPING, LaunchFailed): _to(_launch_failed, _S.STOPPED, _S.STARTING, _S.STOPPING),
+    (_S.STOPPING, Started): _to(_started, _S.STOPPING),
+    (_S.STOPPING, SetupFailed): _to(_setup_failed, _S.STOPPING),
+    (_S.STOPPING, Exited): _to(_exited, _S.STOPPING, _S.STARTING),
+    (_S.STOPPING, Empty): _to(_empty, _S.STOPPING, _S.STARTING, _S.BACKOFF),
+    (_S.STOPPING, Gone): _to(_gone, _S.STOPPING, _S.STOPPED, _S.STARTING, _S.BACKOFF, _S.FAILED, _S.DONE),
+    (_S.STOPPING, Tick): _to(_next_stop_step, _S.STOPPING),
+    (_S.BACKOFF, Start): _to(_start, _S.STARTING),
+    (_S.BACKOFF, Stop): _to(_down, _S.STOPPED, _S.STOPPING),
+    (_S.BACKOFF, Restart): _to(_start, _S.STARTING),
+    (_S.BACKOFF, Remove): _to(_down, _S.STOPPED, _S.STOPPING),
+    (_S.BACKOFF, Gone): _to(_gone, _S.BACKOFF),
+    (_S.BACKOFF, Tick): _to(_wait_over, _S.BACKOFF, _S.STARTING),
+    (_S.FAILED, Start): _to(_start, _S.STARTING),
+    (_S.FAILED, Stop): _to(_down, _S.STOPPED),
+    (_S.FAILED, Restart): _to(_start, _S.STARTING),
+    (_S.FAILED, Remove): _to(_down, _S.STOPPED),
+    (_S.DONE, Start): _to(_start, _S.STARTING),
+    (_S.DONE, Stop): _to(_down, _S.STOPPED),
+    (_S.DONE, Restart): _to(_start, _S.STARTING),
+    (_S.DONE, Remove): _to(_down, _S.STOPPED),
+}
+
+# States that no edge touches yet: dependencies and adoption will.
+RESERVED = frozenset({State.WAITING, State.LOST})
+
+_PROGRESS: tuple[type[Input], ...] = (Launched, LaunchFailed, Started, Running, SetupFailed, Exited, Empty)
+
+
+def _ignored(state: State, *kinds: type[Input]) -> frozenset[tuple[State, type[Input]]]:
+    return frozenset((state, kind) for kind in kinds)
+
+
+# Legal and without effect: repeated wishes, signals to nobody, late timers, and news of a life that is over (what
+# happened after the kill is told by Gone alone) or of a step that this life has behind it.
+IGNORED: frozenset[tuple[State, type[Input]]] = (
+    _ignored(State.STOPPED, Stop, Kill, Tick, Gone, *_PROGRESS)
+    | _ignored(State.STARTING, Tick)
+    | _ignored(State.RUNNING, Tick, Launched, LaunchFailed, Started, Running, SetupFailed)
+    | _ignored(State.STOPPING, Running)
+    | _ignored(State.BACKOFF, Kill, *_PROGRESS)
+    | _ignored(State.FAILED, Kill, Tick, Gone, *_PROGRESS)
+    | _ignored(State.DONE, Kill, Tick, Gone, *_PROGRESS)
+)
+
+
+def step(w: Worker, spec: PoolSpec, event: Input, now: float, seed: str = "") -> Step:
+    """The worker after event, and the actions to do, in order.
+
+    News of an older life, or of one that is over, changes nothing but `lingering`. Raises ImpossibleEvent for a pair
+    that the table does not know, for news of a life never launched, and when an edge leads where it did not declare.
+    """
+    kind = type(event)
+    edge = TABLE.get((w.state, kind))
+    if isinstance(event, LifeInput):
+        if event.generation > w.generation:
+            raise ImpossibleEvent(f"{w.id}: {event} in generation {w.generation}")
+        if kind is not Gone and (event.generation < w.generation or not w.alive):
+            return w, NOTHING
+    if edge is None:
+        if (w.state, kind) in IGNORED:
+            return w, NOTHING
+        raise ImpossibleEvent(f"{w.id}: {event} in state {w.state}")
+    result = edge.do(w, event, Here(spec, now, seed))
+    if result[0].state not in edge.to:
+        raise ImpossibleEvent(f"{w.id}: {event} led from {w.state} to {result[0].state}, which no edge declares")
+    return result

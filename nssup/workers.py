@@ -1,0 +1,374 @@
+"""All workers of a supervisor: their ids, their pools, one heap of deadlines, and the numbering of what is published.
+
+Routes each event to `machine.step` and decides nothing about a life. Which workers a pool has is decided here, by
+arithmetic alone: indexes 0 to wanted - 1.
+
+Published, one Event per change of state, plus facts (`from` and `to` are None):
+
+| event | what happened |
+|---|---|
+| `launched` | to starting, because somebody asked for it |
+| `relaunched` | to starting, by the restart policy |
+| `started` | to running: the program runs |
+| `stop_begun` | to stopping, because somebody asked for it |
+| `main_exited` | to stopping: the program ended by itself, what else is in its namespace is being killed |
+| `backed_off` | to backoff: it ended and will be launched again later |
+| `stopped` `finished` `failed` | to stopped, done, failed: nothing of it is left |
+| `signalled` | fact: a signal was sent without a change of state: an operator's, or the next stop step |
+| `removed` | fact: the worker was scaled away and is forgotten |
+| `pool_added` `scaled` `pool_removed` | facts about a pool |
+
+`exit` is how the last life ended, where the change is about that. A relaunch at once has no event of its own for the
+end before it: `relaunched` then carries `exit`, and the ended life's numbers in `detail.ended`.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+from msgspec.structs import replace
+
+from nssup import machine
+from nssup.errors import ControlError, ExitCode
+from nssup.events import Event, Exit, Input, Kill, Remove, Restart, Start, State, Tick
+from nssup.machine import Action, Forget, KillTree, SignalMain, SignalTree, Worker
+from nssup.spec import SIGKILL, PoolSpec
+
+Actions: TypeAlias = list[tuple[str, Action]]
+
+EVENT_OF = {
+    State.STARTING: "launched",
+    State.RUNNING: "started",
+    State.STOPPING: "stop_begun",
+    State.BACKOFF: "backed_off",
+    State.STOPPED: "stopped",
+    State.DONE: "finished",
+    State.FAILED: "failed",
+}
+EVENTS = frozenset(EVENT_OF.values()) | {
+    "relaunched",
+    "main_exited",
+    "signalled",
+    "removed",
+    "pool_added",
+    "scaled",
+    "pool_removed",
+}
+
+# A life's end is told with the change that it caused.
+_ENDS = frozenset({State.BACKOFF, State.STOPPED, State.DONE, State.FAILED})
+_LIVES = frozenset({State.STARTING, State.RUNNING, State.STOPPING})
+
+# Stale heap entries are allowed up to this many beyond one per worker, so that small sets never compact.
+_SLACK = 64
+
+
+class _Pool:
+    """What is kept of a pool beside its spec.
+
+    ids: by index, those being removed as well. up: whether a new worker is to be started: at first if the pool is
+    enabled, later what was last asked of its workers. wanting: how many of them want to be up. numbers: index ->
+    generation of workers that were removed, so that the numbers of one id never repeat.
+    """
+
+    __slots__ = ("ids", "numbers", "removing", "up", "wanting")
+
+    def __init__(self, up: bool) -> None:
+        self.ids: dict[int, str] = {}
+        self.numbers: dict[int, int] = {}
+        self.removing = False
+        self.up = up
+        self.wanting = 0
+
+
+class WorkerSet:
+    """See the module. Not reentrant: what `publish` is told must not call back in before the method returned.
+
+    workers: id -> Worker, in order of creation. pools: name -> its spec, `workers` being the number wanted now.
+    Each method returns the actions to do, in order.
+    """
+
+    def __init__(
+        self,
+        publish: Callable[[Event], None],
+        *,
+        epoch: int = 0,
+        seed: str = "",
+        wall: Callable[[float], float] = float,
+    ) -> None:
+        """epoch: put into every event. seed: of the jitter of restarts. wall: CLOCK_BOOTTIME -> wall clock seconds."""
+        self.workers: dict[str, Worker] = {}
+        self.pools: dict[str, PoolSpec] = {}
+        self.seq = 0
+        self._publish = publish
+        self._epoch = epoch
+        self._seed = seed
+        self._wall = wall
+        self._state: dict[str, _Pool] = {}
+        self._heap: list[tuple[float, str]] = []
+
+    # --- pools -----------------------------------------------------------------------------------------------------
+
+    def add_pool(self, spec: PoolSpec, now: float) -> Actions:
+        """A new pool, its workers started if it is enabled. Raises ControlError if there is one of this name."""
+        if spec.name in self.pools:
+            raise ControlError(
+                "pool-exists",
+                f"pool {spec.name} is there already",
+                http_status=409,
+                hint="wait until it is removed" if self._state[spec.name].removing else "choose another name",
+            )
+        self.pools[spec.name] = spec
+        self._state[spec.name] = _Pool(spec.enabled)
+        self._say(now, "pool_added", pool=spec.name, detail={"workers": spec.workers})
+        return self._grow(spec.name, now)
+
+    def remove_pool(self, name: str, now: float) -> Actions:
+        """Stop and forget all its workers; the pool is gone with the last of them."""
+        spec, pool = self._spec(name), self._state[name]
+        if pool.removing:
+            return []
+        pool.removing = True
+        self.pools[name] = replace(spec, workers=0)
+        actions = self._shrink(name, now)
+        self._drop_if_empty(name, now)
+        return actions
+
+    def scale(self, name: str, wanted: int, now: float) -> Actions:
+        """Have `wanted` workers: new ones are started if the pool is up; the highest go first, by their stop sequence.
+
+        Wanted again before they are gone, they come up again. Raises ControlError for a pool that is not there or is
+        being removed, and for a negative number.
+        """
+        spec = self._spec(name)
+        if self._state[name].removing:
+            raise ControlError("pool-removed", f"pool {name} is being removed", http_status=409)
+        if wanted < 0:
+            raise ControlError("bad-request", f"cannot scale {name} to {wanted}", exit_code=ExitCode.USAGE)
+        if wanted == spec.workers:
+            return []
+        self._say(now, "scaled", pool=name, detail={"from": spec.workers, "to": wanted})
+        self.pools[name] = replace(spec, workers=wanted)
+        return self._shrink(name, now) + self._grow(name, now)
+
+    def _spec(self, name: str) -> PoolSpec:
+        try:
+            return self.pools[name]
+        except KeyError:
+            raise ControlError(
+                "no-such-pool", f"there is no pool {name}", http_status=404, exit_code=ExitCode.NO_SUCH
+            ) from None
+
+    def _shrink(self, name: str, now: float) -> Actions:
+        """Remove what is too much, downwards, so that what is left is 0 to n - 1 at every moment."""
+        wanted, ids = self.pools[name].workers, self._state[name].ids
+        surplus = sorted((index for index in ids if index >= wanted), reverse=True)
+        actions: Actions = []
+        for worker_id in [ids[index] for index in surplus]:
+            if not self.workers[worker_id].removing:
+                actions += self._step(worker_id, Remove(), now)
+        return actions
+
+    def _grow(self, name: str, now: float) -> Actions:
+        """Create what is missing, and start it, and what was being removed, if the pool is up."""
+        actions: Actions = []
+        spec, pool = self.pools[name], self._state[name]
+        for index in range(spec.workers):
+            worker_id = pool.ids.get(index)
+            if worker_id is None:
+                worker_id = self._create(name, index)
+            elif not self.workers[worker_id].removing:
+                continue
+            if pool.up:
+                actions += self._step(worker_id, Start(), now)
+        return actions
+
+    def _create(self, name: str, index: int) -> str:
+        pool = self._state[name]
+        worker = Worker(pool=name, index=index, generation=pool.numbers.pop(index, 0))
+        pool.ids[index] = worker_id = worker.id
+        self.workers[worker_id] = worker
+        return worker_id
+
+    def _forget(self, worker: Worker, now: float) -> bool:
+        """Drop a worker that is down; or keep it, stopped, if it is wanted again meanwhile."""
+        pool = self._state[worker.pool]
+        if worker.index < self.pools[worker.pool].workers:
+            self.workers[worker.id] = replace(worker, removing=False)
+            return False
+        del self.workers[worker.id]
+        del pool.ids[worker.index]
+        pool.numbers[worker.index] = worker.generation
+        self._say(now, "removed", worker=worker.id)
+        return True
+
+    def _drop_if_empty(self, name: str, now: float) -> None:
+        pool = self._state.get(name)
+        if pool is not None and pool.removing and not pool.ids:
+            del self.pools[name], self._state[name]
+            self._say(now, "pool_removed", pool=name)
+
+    # --- events ----------------------------------------------------------------------------------------------------
+
+    def feed(self, worker_id: str, event: Input, now: float) -> Actions:
+        """What becomes of the worker by event. Raises ControlError when there is no such worker.
+
+        A worker on its way out, scaled away or with its pool, is not started any more.
+        """
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            raise ControlError(
+                "no-such-worker", f"there is no worker {worker_id}", http_status=404, exit_code=ExitCode.NO_SUCH
+            )
+        if isinstance(event, Start | Restart) and worker.index >= self.pools[worker.pool].workers:
+            return []
+        return self._step(worker_id, event, now)
+
+    def due(self, now: float) -> Actions:
+        """Tick every worker whose deadline is not after now, earliest first."""
+        actions: Actions = []
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            actions += self._step(heapq.heappop(self._heap)[1], Tick(), now)
+        return actions
+
+    def next_deadline(self) -> float | None:
+        """When `due` has something to do next, or None."""
+        heap = self._heap
+        while heap:
+            worker = self.workers.get(heap[0][1])
+            if worker is not None and worker.deadline == heap[0][0]:
+                return heap[0][0]
+            heapq.heappop(heap)
+        return None
+
+    def _step(self, worker_id: str, event: Input, now: float) -> Actions:
+        old = self.workers[worker_id]
+        new, actions = machine.step(old, self.pools[old.pool], event, now, self._seed)
+        if new is not old:
+            new = self._changed(worker_id, old, new, now)
+        self._tell(worker_id, old, new, event, actions, now)
+        if not actions:
+            return []
+        if isinstance(actions[-1], Forget):
+            gone = self._forget(new, now)
+            self._drop_if_empty(new.pool, now)
+            actions = actions if gone else actions[:-1]
+        return [(worker_id, action) for action in actions]
+
+    def _changed(self, worker_id: str, old: Worker, new: Worker, now: float) -> Worker:
+        """Keep new, its deadline, and the count of its pool's wishes."""
+        if new.last_exit is not None and not new.last_exit.at:
+            new = replace(new, last_exit=replace(new.last_exit, at=self._wall(now)))
+        if new.exit is not None and not new.exit.at:
+            new = replace(new, exit=replace(new.exit, at=self._wall(now)))
+        self.workers[worker_id] = new
+        if new.deadline is not None and new.deadline != old.deadline:
+            self._remember(new.deadline, worker_id)
+        if new.want_up != old.want_up:
+            pool = self._state[new.pool]
+            pool.wanting += 1 if new.want_up else -1
+            # Scaling to nothing is no wish to be down.
+            pool.up = pool.wanting > 0 or (pool.up and new.removing)
+        return new
+
+    def _remember(self, deadline: float, worker_id: str) -> None:
+        heapq.heappush(self._heap, (deadline, worker_id))
+        if len(self._heap) > 2 * len(self.workers) + _SLACK:
+            self._heap = [(w.deadline, i) for i, w in self.workers.items() if w.deadline is not None]
+            heapq.heapify(self._heap)
+
+    # --- publishing ------------------------------------------------------------------------------------------------
+
+    def _tell(
+        self, worker_id: str, old: Worker, new: Worker, event: Input, actions: Iterable[Action], now: float
+    ) -> None:
+        """One event for a change of state, or for a signal without one."""
+        signal = _signal_of(actions)
+        relaunch = new.generation > old.generation
+        if new.state is old.state and not relaunch:
+            if signal:
+                reason = "operator" if isinstance(event, Kill) else new.reason
+                self._say(now, "signalled", worker=worker_id, about=new, reason=reason, detail=signal)
+            return
+        detail = signal
+        ended = _ended(old, new)
+        if ended is not None and relaunch:
+            detail = {"ended": _life(old)}
+        self._say(
+            now,
+            _event_name(old, new),
+            worker=worker_id,
+            about=new,
+            from_=old.state.value,
+            to=new.state.value,
+            reason=new.reason,
+            exit=ended,
+            detail=detail,
+        )
+
+    def _say(
+        self,
+        now: float,
+        event: str,
+        *,
+        worker: str | None = None,
+        pool: str | None = None,
+        about: Worker | None = None,
+        from_: str | None = None,
+        to: str | None = None,
+        reason: str | None = None,
+        exit: Exit | None = None,  # noqa: A002 - the field's name
+        detail: dict[str, Any] | None = None,
+    ) -> None:
+        self.seq += 1
+        generation = host_pid = ns_pid = None
+        if about is not None:
+            # The change that ends a program still tells whose end it was.
+            generation, host_pid, ns_pid = about.generation, about.last_host_pid, about.last_ns_pid
+        self._publish(
+            Event(
+                event,
+                epoch=self._epoch,
+                seq=self.seq,
+                ts=self._wall(now),
+                worker=worker,
+                pool=pool,
+                from_=from_,
+                to=to,
+                reason=reason,
+                generation=generation,
+                host_pid=host_pid,
+                ns_pid=ns_pid,
+                exit=exit,
+                detail=detail,
+            )
+        )
+
+
+def _life(w: Worker) -> dict[str, Any]:
+    return {"generation": w.generation, "host_pid": w.last_host_pid, "ns_pid": w.last_ns_pid}
+
+
+def _event_name(old: Worker, new: Worker) -> str:
+    if new.state is State.STARTING and new.restarts > old.restarts:
+        return "relaunched"
+    if new.state is State.STOPPING and new.want_up and not new.again:
+        return "main_exited"
+    return EVENT_OF[new.state]
+
+
+def _ended(old: Worker, new: Worker) -> Exit | None:
+    """How the life ended that this change is about, if it is about an end."""
+    if new.state is State.STOPPING:
+        return new.exit or (new.last_exit if old.alive and not new.alive else None)
+    over = old.state in _LIVES and (new.state in _ENDS or new.generation > old.generation)
+    return new.last_exit if over else None
+
+
+def _signal_of(actions: Iterable[Action]) -> dict[str, Any] | None:
+    for action in actions:
+        if isinstance(action, SignalMain | SignalTree):
+            return {"signal": action.signo, "tree": isinstance(action, SignalTree)}
+        if isinstance(action, KillTree):
+            return {"signal": SIGKILL, "tree": True}
+    return None
