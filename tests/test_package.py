@@ -109,6 +109,17 @@ def test_nssup_init_needs_no_library(installed: Path) -> None:
     assert len(content) < 65536
 
 
+@pytest.mark.parametrize("failpoints", ["0", "1"])
+def test_failpoints_are_a_build_of_their_own(tmp_path: Path, failpoints: str) -> None:
+    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=NOT_SOURCES)
+    command = [sys.executable, "-I", "setup.py", "build_ext", "--inplace"]
+    environment = {**os.environ, "NSSUP_FAILPOINTS": failpoints}
+    built = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert is_executable(tree / "nssup" / "nssup-init")
+    assert built.stdout.count("-DNSSUP_FAILPOINTS") == 2 * int(failpoints)
+
+
 def test_the_editable_install_is_the_checkout() -> None:
     assert nssup.__file__ is not None
     package = Path(nssup.__file__).parent
