@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 # A module imports from the rows above it in this table, never from its own.
 ROWS = [
     "errors units locate",
-    "spec events record wire",
+    "spec events record wire keys",
     "machine restart deps rollout schedule adopt lines config diff",
     "workers",
     "clone custody watch probe logs cgroup network sandbox doctor terminal",
