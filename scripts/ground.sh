@@ -36,7 +36,8 @@ read_stamp() {
 }
 
 packages_fresh() { # packages_fresh EXTRAS
-    [[ $stamped_python == "$(python_now)" && $stamped_packages == "$(packages_now)" ]] && [[ $1 == run || $stamped_extras == dev ]]
+    [[ $stamped_python == "$(python_now)" && $stamped_packages == "$(packages_now)" && -x $venv/bin/nssup ]] &&
+        [[ $1 == run || $stamped_extras == dev ]]
 }
 
 natives_fresh() {
