@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 # A module imports from the rows above it in this table, never from its own.
 ROWS = [
     "errors units locate",
-    "spec events record wire keys",
-    "machine restart deps rollout schedule adopt lines config diff",
+    "spec events record wire keys selection",
+    "machine restart deps rollout schedule adopt lines config diff render selection",
     "workers",
     "clone custody watch probe logs cgroup network sandbox doctor terminal",
     "loop sim",
