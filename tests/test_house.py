@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 # A module imports from the rows above it in this table, never from its own.
 ROWS = [
     "errors units locate",
-    "spec events record wire keys selection",
+    "spec events record wire keys",
     "machine restart deps rollout schedule adopt lines config diff render selection",
     "workers",
     "clone custody watch probe logs cgroup network sandbox doctor terminal",
@@ -242,6 +242,10 @@ def test_tasks_live_in_groups_and_processes_are_not_numbers(module: Module) -> N
 @pytest.mark.parametrize("module", MODULES, ids=by_name)
 def test_a_pid_says_whose_it_is(module: Module) -> None:
     assert bare_pids(module) == [], "host_pid or ns_pid"
+
+
+def test_a_module_has_one_row() -> None:
+    assert sum(len(names.split()) for names in ROWS) == len(ROW)
 
 
 def test_a_module_has_a_subject() -> None:
