@@ -113,77 +113,89 @@ class Launcher:
         are pipes whose read ends the Process has (one pipe for both with merge).
         Raises LaunchError; then nothing is left behind.
         """
-        with contextlib.ExitStack() as temporary, contextlib.ExitStack() as on_error:
-            try:
-                ours, theirs = _socket.socketpair(
-                    _socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC
-                )
-                temporary.callback(theirs.close)
-                on_error.callback(ours.close)
-                ours.setsockopt(_socket.SOL_SOCKET, SO_PASSCRED, 1)
-                token = os.urandom(wire.TOKEN_SIZE)
-                self._send_record(ours, record.encode(plan, token, self._mount_id))
-            except OSError as error:
-                raise _fail(wire.Step.LINE, error.errno or errno.EIO) from None
-            try:
-                logs, program = self._stdio(stdio, merge, temporary, on_error)
-            except OSError as error:
-                raise _fail(wire.Step.PIPES, error.errno or errno.EIO) from None
-            null, line = self._null, ours.fileno()
-            fds = (null, null, null, theirs.fileno(), line, self._self, *logs, *program, self._init)
-            flags = 0
-            for name in plan.namespaces:
-                flags |= CLONE_NEW[name]
-            pidfd, init_host_pid, step, number = _clone.clone(flags, fds, -1)
-            if step:
-                raise _fail(wire.Step(step), number)
-            process = Process(pidfd, init_host_pid, ours, logs, plan, self.epoch, token)
-            on_error.pop_all()
-        if "user" in plan.namespaces:
-            try:
+        step = wire.Step.LINE
+        kept: list[int] = []  # ours when all goes well
+        line = None
+        lent: list[int] = []  # only until init has them
+        try:
+            line, theirs = _line(lent)
+            step = wire.Step.PIPES
+            null = self._null
+            if stdio is None:
+                out_log, out = _log_pipe(kept, lent)
+                err_log, err = (-1, out) if merge else _log_pipe(kept, lent)
+                stdio = (null, out, err)
+            else:
+                out_log = err_log = -1
+            fds = (null, null, null, theirs, line.fileno(), self._self, out_log, err_log, *stdio, self._init)
+            pidfd, init_host_pid, failed, number = _clone.clone(_flags(plan.namespaces), fds, -1)
+            if failed:
+                step = wire.Step(failed)
+                raise OSError(number, "clone")
+        except OSError as error:
+            if line is not None:
+                line.close()
+            for fd in kept:
+                os.close(fd)
+            raise _fail(step, error.errno or errno.EIO) from None
+        finally:
+            for fd in lent:
+                os.close(fd)
+        token = os.urandom(wire.TOKEN_SIZE)
+        process = Process(pidfd, init_host_pid, line, (out_log, err_log), plan, self.epoch, token)
+        try:
+            step = wire.Step.RECORD  # made and sent while init is still being exec'ed: it costs the launch no time
+            _send_record(line, record.encode(plan, token, self._mount_id))
+            step = wire.Step.ID_MAPS
+            if "user" in plan.namespaces:
                 write_id_maps(init_host_pid)
-            except OSError as error:
-                process.destroy()
-                raise _fail(wire.Step.ID_MAPS, error.errno or errno.EIO) from None
+        except OSError as error:
+            process.destroy()
+            raise _fail(step, error.errno or errno.EIO) from None
         return process
 
-    def _send_record(self, line: _socket.socket, encoded: bytes) -> None:
-        if len(encoded) <= wire.RECORD_INLINE_MAX:
-            line.send(wire.record_inline(encoded))
-            return
-        if len(encoded) > wire.RECORD_MAX:
-            raise OSError(errno.E2BIG, "launch record")
-        fd = sealed_memfd("nssup-record", encoded)
-        try:
-            rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", [fd]))
-            line.sendmsg([wire.record_in_memfd(len(encoded))], [rights])
-        finally:
-            os.close(fd)
 
-    def _stdio(
-        self,
-        stdio: tuple[int, int, int] | None,
-        merge: bool,
-        temporary: contextlib.ExitStack,
-        on_error: contextlib.ExitStack,
-    ) -> tuple[tuple[int, int], tuple[int, int, int]]:
-        """((stdout, stderr log read ends, -1 for none), the program's 0, 1, 2)."""
-        if stdio is not None:
-            return (-1, -1), stdio
-        out_read, out_write = _log_pipe(temporary, on_error)
-        if merge:
-            return (out_read, -1), (self._null, out_write, out_write)
-        err_read, err_write = _log_pipe(temporary, on_error)
-        return (out_read, err_read), (self._null, out_write, err_write)
+def _flags(namespaces: frozenset[str]) -> int:
+    flags = 0
+    for name in namespaces:
+        flags |= CLONE_NEW[name]
+    return flags
 
 
-def _log_pipe(temporary: contextlib.ExitStack, on_error: contextlib.ExitStack) -> tuple[int, int]:
+def _line(lent: list[int]) -> tuple[_socket.socket, int]:
+    ours, theirs = _socket.socketpair(
+        _socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC
+    )
+    lent.append(theirs.detach())
+    try:
+        ours.setsockopt(_socket.SOL_SOCKET, SO_PASSCRED, 1)
+    except OSError:
+        ours.close()
+        raise
+    return ours, lent[-1]
+
+
+def _log_pipe(kept: list[int], lent: list[int]) -> tuple[int, int]:
     """Only the read end is non-blocking: the program's end is its own."""
     read, write = os.pipe2(os.O_CLOEXEC)
-    on_error.callback(os.close, read)
-    temporary.callback(os.close, write)
+    kept.append(read)
+    lent.append(write)
     os.set_blocking(read, False)
     return read, write
+
+
+def _send_record(line: _socket.socket, encoded: bytes) -> None:
+    if len(encoded) <= wire.RECORD_INLINE_MAX:
+        line.send(wire.record_inline(encoded))
+        return
+    if len(encoded) > wire.RECORD_MAX:
+        raise OSError(errno.E2BIG, "launch record")
+    fd = sealed_memfd("nssup-record", encoded)
+    try:
+        rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", [fd]))
+        line.sendmsg([wire.record_in_memfd(len(encoded))], [rights])
+    finally:
+        os.close(fd)
 
 
 def write_id_maps(init_host_pid: int) -> None:
@@ -206,9 +218,9 @@ def write_id_maps(init_host_pid: int) -> None:
 class Process:
     """One life, from clone to reaped init. Owns its descriptors: `pidfd`, `line`, `stdout`, `stderr` (None: not ours).
 
-    Messages come in the order Started, Running or Failed, Exited, Empty; then the pidfd. Without init (plan.init False)
-    there are neither Exited nor Empty: the end of the line before a Failed means the exec succeeded, and `reap` knows
-    the exit.
+    Messages come in the order Started or Failed, Exited, Empty; then the pidfd. Without init (plan.init False) Started
+    comes before the exec, a Failed may follow it, and there are neither Exited nor Empty: the end of the line without a
+    Failed means that the exec succeeded, and `reap` knows the exit.
     """
 
     __slots__ = (

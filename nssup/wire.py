@@ -176,7 +176,7 @@ class Exit(NamedTuple):
 
 
 class Started(NamedTuple):
-    """The worker is about to exec. host_pid: translated by the kernel from the sender's credentials."""
+    """The program runs (without init: is about to exec). host_pid: the kernel's translation of credentials on the line."""
 
     generation: int
     ns_pid: int

@@ -38,7 +38,7 @@ struct iovec { void *base; size_t length; };
 struct msghdr { void *name; int name_length; struct iovec *iov; size_t iov_count; void *control; size_t control_length; unsigned flags; };
 struct cmsghdr { size_t length; int level, type; };
 struct statfs_kernel { long type; long rest[15]; };
-enum { SOL_SOCKET_LEVEL = 1, SCM_RIGHTS_TYPE = 1, MSG_DONTWAIT_FLAG = 0x40, MSG_NOSIGNAL_FLAG = 0x4000, MSG_CMSG_CLOEXEC_FLAG = 0x40000000 };
+enum { SOL_SOCKET_LEVEL = 1, SCM_RIGHTS_TYPE = 1, SCM_CREDENTIALS_TYPE = 2, MSG_DONTWAIT_FLAG = 0x40, MSG_NOSIGNAL_FLAG = 0x4000, MSG_CMSG_CLOEXEC_FLAG = 0x40000000 };
 
 struct list { char **items; }; /* NULL-terminated, pointing into the record */
 
@@ -124,9 +124,11 @@ static void put(struct datagram *d, int type, const void *payload, size_t length
 	d->length += sizeof h + ((length + 7) & ~7UL);
 }
 
-static void send_datagram(const struct datagram *d)
+/* Returns whether the line took it. */
+static int send_datagram(const struct datagram *d)
 {
-	sys6(__NR_sendto, FD_LINE, (long)d->bytes, (long)d->length, MSG_DONTWAIT_FLAG | MSG_NOSIGNAL_FLAG, 0, 0);
+	return sys6(__NR_sendto, FD_LINE, (long)d->bytes, (long)d->length, MSG_DONTWAIT_FLAG | MSG_NOSIGNAL_FLAG, 0, 0) ==
+	       (long)d->length;
 }
 
 static void send_one(int type, const void *payload, size_t length)
@@ -134,6 +136,28 @@ static void send_one(int type, const void *payload, size_t length)
 	struct datagram d = {0};
 	put(&d, type, payload, length);
 	send_datagram(&d);
+}
+
+/* STARTED with the credentials of ns_pid, which the kernel checks and translates: so the supervisor learns the program's
+ * host PID from the kernel, at the moment when its exec has happened. Naming another process than oneself takes
+ * CAP_SYS_ADMIN over the PID namespace (unix(7)), which its init has. */
+static void send_started(int ns_pid)
+{
+	struct wire_started m = {self.state.generation, ns_pid};
+	struct datagram d = {0};
+	struct {
+		struct cmsghdr head;
+		int ids[3];
+		int padding;
+	} credentials = {{sizeof credentials.head + sizeof credentials.ids, SOL_SOCKET_LEVEL, SCM_CREDENTIALS_TYPE},
+			 {ns_pid, (int)sys0(__NR_geteuid), (int)sys0(__NR_getegid)},
+			 0};
+	struct iovec iov = {d.bytes, 0};
+	struct msghdr message = {NULL, 0, &iov, 1, &credentials, sizeof credentials, 0};
+
+	put(&d, WIRE_STARTED, &m, sizeof m);
+	iov.length = d.length;
+	sys3(__NR_sendmsg, FD_LINE, &message, MSG_DONTWAIT_FLAG | MSG_NOSIGNAL_FLAG);
 }
 
 static void put_empty(struct datagram *d)
@@ -363,8 +387,10 @@ static void reap(void)
 			kill_rest();
 		}
 	}
-	if (d.length)
-		send_datagram(&d);
+	/* Under `die` nobody will ever ask again: what the line took is delivered even when we are gone. Under `keep` a
+	 * supervisor may die with our word unread, so its record waits here for an ACK. */
+	if (d.length && send_datagram(&d) && self.state.phase == PHASE_EMPTY && self.state.policy == POLICY_DIE)
+		quit(0);
 }
 
 /* Signals that reached PID 1. Only those from outside (si_pid 0) are forwarded: what a process inside sends is dropped,
@@ -709,16 +735,14 @@ static long clean_signals(const struct launch *l)
 	return sys4(__NR_rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof none);
 }
 
-/* Tells the supervisor that this process is about to be the program; the kernel adds and translates the sender's PID.
- * Then everything but stdio is closed for real: an exec path could name a descriptor. */
-static long announce_and_close(const struct launch *l)
+/* Closed for real, not only at exec: an exec path could name a descriptor. */
+static long close_descriptors(const struct launch *l)
 {
-	struct wire_started m = {self.state.generation, (int32_t)sys0(__NR_getpid)};
-	send_one(WIRE_STARTED, &m, sizeof m);
 	if (l->options & OPTION_INIT)
 		return sys3(__NR_close_range, 3, ~0U, 0);
-	/* The program will be PID 1 itself: the line must last until the exec, to tell of its failure and, by its end, of
-	 * its success. */
+	/* The program will be PID 1 itself, and nobody stays to speak for it: it announces itself, and the line lasts until
+	 * the exec, to tell of its failure and, by its end, of its success. */
+	send_started((int)sys0(__NR_getpid));
 	sys3(__NR_fcntl, FD_LINE, F_SETFD, FD_CLOEXEC);
 	return sys3(__NR_close_range, FD_LINE + 1, ~0U, 0);
 }
@@ -741,7 +765,7 @@ static const struct step worker_steps[] = {
 	{STEP_SESSION, own_session},	   {STEP_STDIO, place_stdio},	      {STEP_TTY, take_terminal},
 	{STEP_RLIMITS, set_rlimits},	   {STEP_GROUPS, set_groups},	      {STEP_GROUP, set_group},
 	{STEP_USER, set_user},		   {STEP_CAPABILITIES, drop_capabilities}, {STEP_DIRECTORY, enter_directory},
-	{STEP_SIGNALS, clean_signals},	   {STEP_DESCRIPTORS, announce_and_close}, {STEP_EXEC, exec_program},
+	{STEP_SIGNALS, clean_signals},	   {STEP_DESCRIPTORS, close_descriptors}, {STEP_EXEC, exec_program},
 };
 
 /* Runs the steps. Returns 0, or -errno with *failed naming the first that failed; none after it runs. */
@@ -794,7 +818,7 @@ static void start_child(void)
 	} else {
 		self.state.ns_pid = (int32_t)ns_pid;
 		self.state.phase = PHASE_RUNNING;
-		send_one(WIRE_STATE, &self.state, sizeof self.state);
+		send_started((int)ns_pid);
 	}
 }
 

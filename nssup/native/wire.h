@@ -43,14 +43,14 @@ enum wire_type {
 	WIRE_RECORD = 2,   /* supervisor: the launch record, in the payload or in a sealed memfd by SCM_RIGHTS */
 	WIRE_GO = 3,       /* supervisor: everything outside is set up; run */
 	WIRE_STATE = 4,    /* init: its whole state */
-	WIRE_STARTED = 5,  /* the worker, before exec: credentials translated by the kernel */
+	WIRE_STARTED = 5,  /* init: the exec happened (init = false: is next); credentials translated by the kernel */
 	WIRE_FAILED = 6,   /* init: a step failed */
 	WIRE_SIGNAL = 7,   /* supervisor: send a signal inside */
 	WIRE_SPAWN = 8,    /* reserved: run a command inside */
 	WIRE_POLICY = 9,   /* supervisor: keep or die */
 	WIRE_EXITED = 10,  /* init: the main program ended */
 	WIRE_EMPTY = 11,   /* init: nothing but init is left */
-	WIRE_ACK = 12,     /* supervisor: I have your exit record; go */
+	WIRE_ACK = 12,     /* supervisor: I have your exit record; go (not awaited under `die`) */
 	WIRE_NOTIFY = 13,  /* reserved: readiness and status of the program */
 	WIRE_PING = 14,    /* supervisor: answered by STATE */
 };
