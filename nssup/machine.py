@@ -170,6 +170,7 @@ def _asked(w: Worker) -> Worker:
 
 
 def _stay_up(w: Worker, event: Input, here: Here) -> Step:
+    """Up already: only what went before is forgotten."""
     return _asked(w), NOTHING
 
 
@@ -180,6 +181,7 @@ def _relaunch(w: Worker, here: Here) -> Step:
 
 
 def _launched(w: Worker, event: Launched, here: Here) -> Step:
+    """There is an init that can be killed."""
     return replace(w, init_host_pid=event.init_host_pid), NOTHING
 
 
@@ -189,11 +191,13 @@ def _launched_to_die(w: Worker, event: Launched, here: Here) -> Step:
 
 
 def _started(w: Worker, event: Started, here: Here) -> Step:
+    """The program's process is there, its PIDs known."""
     host_pid, ns_pid = event.host_pid, event.ns_pid
     return replace(w, host_pid=host_pid, ns_pid=ns_pid, last_host_pid=host_pid, last_ns_pid=ns_pid), NOTHING
 
 
 def _running(w: Worker, event: Running, here: Here) -> Step:
+    """The program runs."""
     return replace(w, state=State.RUNNING, reason=None, running_since=here.now), NOTHING
 
 
@@ -203,6 +207,7 @@ def _setup_failed(w: Worker, event: SetupFailed, here: Here) -> Step:
 
 
 def _launch_failed(w: Worker, event: LaunchFailed, here: Here) -> Step:
+    """Over before there was anything to end."""
     return _over(w, Exit(reason=event.reason), here)
 
 
@@ -235,18 +240,22 @@ def _kill(w: Worker) -> Step:
 
 
 def _stop(w: Worker, event: Input, here: Here) -> Step:
+    """Down, by the stop sequence."""
     return _begin_stop(replace(w, want_up=False), here)
 
 
 def _remove(w: Worker, event: Input, here: Here) -> Step:
+    """Down, by the stop sequence, and forgotten then."""
     return _begin_stop(replace(w, want_up=False, removing=True), here)
 
 
 def _restart(w: Worker, event: Input, here: Here) -> Step:
+    """Down, by the stop sequence, and launched again as soon as that life is over."""
     return _begin_stop(replace(_asked(w), again=True), here)
 
 
 def _next_stop_step(w: Worker, event: Tick, here: Here) -> Step:
+    """The wait of a stop step ran out: the next step."""
     if w.deadline is None or w.stop_step is None or here.now < w.deadline:
         return w, NOTHING
     return _stop_step(w, w.stop_step + 1, here)
@@ -289,6 +298,7 @@ def _exited(w: Worker, event: Exited, here: Here) -> Step:
 
 
 def _empty(w: Worker, event: Empty, here: Here) -> Step:
+    """Nothing but init is left."""
     return _linger(w, here)
 
 
@@ -376,6 +386,7 @@ def _rest(w: Worker, state: State, reason: str | None) -> Step:
 
 
 def _wait_over(w: Worker, event: Tick, here: Here) -> Step:
+    """The backoff wait is over."""
     if w.deadline is None or here.now < w.deadline:
         return w, NOTHING
     return _relaunch(w, here)

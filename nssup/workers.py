@@ -241,6 +241,10 @@ class WorkerSet:
             heapq.heappop(heap)
         return None
 
+    def pending(self) -> int:
+        """The length of the heap, stale deadlines included: never more than 2 per worker and a few."""
+        return len(self._heap)
+
     def _step(self, worker_id: str, event: Input, now: float) -> Actions:
         old = self.workers[worker_id]
         new, actions = machine.step(old, self.pools[old.pool], event, now, self._seed)
