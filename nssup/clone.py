@@ -328,6 +328,12 @@ class Process:
             return None
         return exit_of(found.si_code, found.si_status) if not self.has_init else Exit(reason="init-killed")
 
+    def take_logs(self) -> tuple[int | None, int | None]:
+        """The read ends of the log pipes; whoever takes them closes them."""
+        logs = self.stdout, self.stderr
+        self.stdout = self.stderr = None
+        return logs
+
     def close_line(self) -> None:
         self._socket.close()
 

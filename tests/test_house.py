@@ -19,19 +19,19 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 # A module imports from the rows above it in this table, never from its own.
 ROWS = [
     "errors units locate",
-    "spec events record wire keys",
-    "machine restart deps rollout schedule adopt lines config diff render selection",
+    "spec events record wire keys document envfile",
+    "machine restart deps rollout schedule adopt lines config diff render selection plan",
     "workers",
-    "clone custody watch probe logs cgroup network sandbox doctor terminal",
+    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs",
     "loop sim",
     "executor run foreground",
     "ctl http client",
-    "__main__ cli fast",
+    "__main__ cli fast up",
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 LAST_PURE_ROW = ROW["workers"]
 # The few that may look sideways, importer first; one direction only.
-WITHIN_ROW = {("machine", "restart"), ("__main__", "fast"), ("__main__", "cli"), ("cli", "fast")}
+WITHIN_ROW = {("machine", "restart"), ("__main__", "fast"), ("__main__", "cli"), ("cli", "fast"), ("cli", "up")}
 
 # `signal` is not here: the pure rows need the names of signals.
 IMPURE = frozenset(

@@ -104,7 +104,7 @@ __attribute__((noreturn)) static void quit(int code)
 /* --- failpoints (test builds only): stop here, so that a test can kill somebody at exactly this place ---------- */
 
 #ifdef NSSUP_FAILPOINTS
-#define failpoint(step) do { if (self.launch.options >> 24 == (step)) sys2(__NR_kill, sys0(__NR_getpid), SIGSTOP); } while (0)
+#define failpoint(step) do { if (self.launch.options >> 24 == (uint32_t)(step)) sys2(__NR_kill, sys0(__NR_getpid), SIGSTOP); } while (0)
 #else
 #define failpoint(step) do { } while (0)
 #endif
