@@ -5,7 +5,7 @@ Pure: names of users stay names here; whether they exist is asked of the host by
 """
 
 import re
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -13,13 +13,36 @@ from nssup.errors import Problem, SpecError
 
 NAMESPACES = ("pid", "mount", "uts", "ipc", "net", "user", "cgroup", "time")
 DEFAULT_NAMESPACES = ("pid", "mount", "uts", "ipc")
+RLIMITS = (
+    "as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio",
+    "sigpending", "stack",
+)  # fmt: skip
 POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,47}")
 SIGTERM = 15
 SIGKILL = 9
 
 
+class SupervisorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one supervisor keeps what it keeps; absolute paths (interface.md, [supervisor])."""
+
+    state_dir: str
+    runtime_dir: str
+    log_dir: str
+    socket: str
+
+
+class User(NamedTuple):
+    """One entry of the user database."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+    shell: str
+
+
 class Backoff(msgspec.Struct, frozen=True, kw_only=True):
-    """Waits between launches: first * factor**n, capped at max, times 1 +- jitter; forgotten after reset_after seconds up."""
+    """Waits between launches: first * factor**n, at most max, times 1 +- jitter; forgotten after reset_after up."""
 
     first: float = 0.1
     factor: float = 2.0
@@ -39,7 +62,7 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StopStep(msgspec.Struct, frozen=True):
-    """Send signal to the main program and give it wait seconds; signal None kills the whole tree and ends the sequence."""
+    """Send signal to the main program and give it wait seconds; signal None kills the whole tree, as the last step."""
 
     signal: int | None
     wait: float = 0.0
@@ -58,8 +81,8 @@ class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A pool and how each of its workers runs. Field names are the config's keys (interface.md, Config).
 
     command, env, directory, hostname may hold {index} {pool} {id} {generation}, {index+9000}, {index:02}: see `expand`.
-    user, group, groups: names or numbers as text; None means the supervisor's own. umask: an int. rlimits: resource
-    name without RLIMIT_, lower case -> (soft, hard), None = unlimited. proc: mount a private /proc (needs pid and mount).
+    user, group, groups: names or numbers as text; None means the supervisor's own. umask: an int. rlimits: a name
+    of RLIMITS -> (soft, hard), None = unlimited. proc: mount a private /proc (needs pid and mount).
     """
 
     name: str
@@ -86,7 +109,7 @@ class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
     log: LogSpec = LogSpec()
 
 
-# A brace pair round one of our words, with arithmetic or a width; {{ and }} round anything are literal braces of a word.
+# A brace pair round one of our words, with arithmetic or a width; {{ and }} round a word are its literal braces.
 _FIELD = re.compile(r"\{\{(\w+)\}\}|\{([a-z_]+)([+-]\d+)?(?::(0?\d+))?\}")
 FIELDS = ("index", "pool", "id", "generation")
 
@@ -97,7 +120,7 @@ def unknown_fields(text: str) -> list[str]:
 
 
 def expand(text: str, pool: str, index: int, generation: int) -> str:
-    """text with its fields filled in: {index} {pool} {id} {generation}, {index+9000}, {index:02}; {{word}} gives {word}.
+    """text with its fields filled in: {index} {pool} {id} {generation} {index+9000} {index:02}; {{word}} gives {word}.
 
     Braces round anything else are literal. Never raises for text in which unknown_fields found nothing.
     """
@@ -120,13 +143,14 @@ def expand(text: str, pool: str, index: int, generation: int) -> str:
 
 def validate(spec: PoolSpec) -> PoolSpec:
     """spec itself, or SpecError with every rule it breaks that one value alone cannot show."""
-    problems = [Problem("", 0, 0, f"pool.{spec.name}.{key}", why) for key, why in _problems(spec)]
-    if problems:
-        raise SpecError(*problems)
+    found = [Problem("", 0, 0, f"pool.{spec.name}.{key}", why) for key, why in problems(spec)]
+    if found:
+        raise SpecError(*found)
     return spec
 
 
-def _problems(spec: PoolSpec) -> list[tuple[str, str]]:
+def problems(spec: PoolSpec) -> list[tuple[str, str]]:
+    """(key, why) for every rule that spec breaks; key is a field, or a field, a dot and what is inside it."""
     found = []
     if not POOL_NAME.fullmatch(spec.name):
         found.append(("name", f"{spec.name!r} is no pool name: use [a-z0-9][a-z0-9_-]{{0,47}}"))
@@ -137,15 +161,86 @@ def _problems(spec: PoolSpec) -> list[tuple[str, str]]:
     for key, text in spec_texts(spec):
         if "\0" in text:
             found.append((key, "holds a NUL byte, which no program can receive"))
-        found += [(key, f"unknown field {{{word}}}: for a literal brace write {{{{{word}}}}}") for word in unknown_fields(text)]
-    found += [("namespaces", f"unknown namespace {ns!r}: use {', '.join(NAMESPACES)}") for ns in spec.namespaces if ns not in NAMESPACES]
+        found += [
+            (key, f"unknown field {{{word}}}: for a literal brace write {{{{{word}}}}}")
+            for word in unknown_fields(text)
+        ]
+    found += [
+        ("namespaces", f"unknown namespace {ns!r}: use {', '.join(NAMESPACES)}")
+        for ns in spec.namespaces
+        if ns not in NAMESPACES
+    ]
     if not spec.directory.startswith("/"):
         found.append(("directory", "must be an absolute path"))
-    found += _namespace_problems(spec)
+    if not 0 <= spec.umask <= 0o777:
+        found.append(("umask", "must be from 0 to 0o777"))
+    return (
+        found
+        + _namespace_problems(spec)
+        + _env_problems(spec)
+        + _restart_problems(spec)
+        + _stop_problems(spec)
+        + _rlimit_problems(spec)
+    )
+
+
+def _env_problems(spec: PoolSpec) -> list[tuple[str, str]]:
+    bad = [name for name in spec.env if not name or "=" in name or "\0" in name]
+    return [(f"env.{name}", 'cannot be a variable\'s name: it must not be empty or hold "=" or NUL') for name in bad]
+
+
+def _restart_problems(spec: PoolSpec) -> list[tuple[str, str]]:
+    found = []
+    restart = spec.restart
+    if spec.type == "oneshot" and restart.policy == "always":
+        found.append(
+            ("restart.policy", 'a oneshot is meant to end, "always" would not let it: use "never" or "on-failure"')
+        )
+    if restart.settle < 0:
+        found.append(("restart.settle", "cannot be negative"))
+    found += [
+        ("restart.success", f"{code} is no exit code: they go from 0 to 255")
+        for code in restart.success
+        if not 0 <= code <= 255
+    ]
+    backoff = restart.backoff
+    found += [
+        (f"restart.backoff.{name}", "cannot be negative")
+        for name in ("first", "max", "reset_after")
+        if getattr(backoff, name) < 0
+    ]
+    if backoff.factor < 1:
+        found.append(("restart.backoff.factor", "cannot be less than 1: waits do not shrink"))
+    if not 0 <= backoff.jitter <= 1:
+        found.append(("restart.backoff.jitter", "must be from 0 to 1"))
+    if backoff.first > backoff.max:
+        found.append(("restart.backoff.first", f"is longer than max, which is {backoff.max:g} seconds"))
+    return found
+
+
+def _stop_problems(spec: PoolSpec) -> list[tuple[str, str]]:
     if not spec.stop:
-        found.append(("stop", 'is empty: the shortest sequence is ["kill"]'))
-    elif spec.stop[-1].signal is not None:
+        return [("stop", 'is empty: the shortest sequence is ["kill"]')]
+    found = []
+    if spec.stop[-1].signal is not None:
         found.append(("stop", 'must end with "kill", or a worker could survive its stop'))
+    for index, step in enumerate(spec.stop):
+        if step.signal is None and index < len(spec.stop) - 1:
+            found.append((f"stop.{index}", '"kill" ends the sequence: nothing can come after it'))
+        if step.signal is not None and not 1 <= step.signal <= 64:
+            found.append((f"stop.{index}", f"{step.signal} is no signal: they go from 1 to 64"))
+        if step.wait < 0:
+            found.append((f"stop.{index}", "cannot wait a negative time"))
+    return found
+
+
+def _rlimit_problems(spec: PoolSpec) -> list[tuple[str, str]]:
+    found = []
+    for name, (soft, hard) in spec.rlimits.items():
+        if name not in RLIMITS:
+            found.append((f"limits.rlimits.{name}", f"is no resource limit: use {', '.join(RLIMITS)}"))
+        elif hard is not None and (soft is None or soft > hard):
+            found.append((f"limits.rlimits.{name}", "has a soft limit above the hard one"))
     return found
 
 
@@ -157,7 +252,8 @@ def _namespace_problems(spec: PoolSpec) -> list[tuple[str, str]]:
         found.append(
             (
                 "namespaces",
-                "a private /proc needs a private mount namespace, or it would replace the host's: add mount, or set proc = false",
+                "a private /proc needs a private mount namespace, or it would replace the host's: "
+                "add mount, or set proc = false",
             )
         )
     if spec.hostname is not None and "uts" not in spec.namespaces:

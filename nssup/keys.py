@@ -1,0 +1,520 @@
+"""The config's keys: one table, from which the parser, the suggestions and the reference pages are all made.
+
+A kind turns one TOML value into final units (seconds, bytes, signal numbers) or says everything that is wrong with it.
+Nothing here knows of files, positions or other keys: rules between keys are spec.problems, positions are config's.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from datetime import date, datetime, time
+from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar
+
+from nssup import units
+from nssup.locate import Path, quoted
+
+VERSION = "0.1.0"
+NOT_YET = f"not in this version ({VERSION}): leave it out"
+
+_N = TypeVar("_N", int, float)
+Found = list[tuple[Path, str]]  # below the value: where, and what is wrong
+
+
+class Wrong(Exception):  # carries findings up to config, which makes a SpecError of all of them
+    """What is wrong with one value, in all its places."""
+
+    def __init__(self, found: Found) -> None:
+        super().__init__(found)
+        self.found = found
+
+
+class Kind(NamedTuple):
+    """A kind of value. name: for the reference; take: TOML value -> final value, or Wrong; keys: of a table."""
+
+    name: str
+    take: Callable[[object], Any]
+    keys: "dict[str, Key] | None" = None
+
+
+class Key(NamedTuple):
+    """One key. kind None: promised, but not in this version. default: as one would write it, "" for none."""
+
+    kind: Kind | None
+    default: str
+    doc: str
+
+
+def later(doc: str) -> Key:
+    return Key(None, "", doc)
+
+
+def convert(keys: dict[str, Key], table: dict[str, Any]) -> tuple[dict[str, Any], Found]:
+    """The good values of table in final units, and everything wrong with the others."""
+    values: dict[str, Any] = {}
+    found: Found = []
+    for name, value in table.items():
+        key = keys.get(name)
+        if key is None:
+            found.append(((name,), unknown(name, keys)))
+        elif key.kind is None:
+            found.append(((name,), NOT_YET))
+        else:
+            try:
+                values[name] = key.kind.take(value)
+            except Wrong as wrong:
+                found += [((name, *path), why) for path, why in wrong.found]
+    return values, found
+
+
+# What the same thing is called elsewhere, and keys written one table too high.
+_ELSEWHERE = {
+    "autorestart": "restart.policy",
+    "autostart": "enabled",
+    "cmd": "command",
+    "cwd": "directory",
+    "environment": "env",
+    "exec": "command",
+    "gid": "group",
+    "instances": "workers",
+    "name": "[pool.NAME]",
+    "numprocs": "workers",
+    "processes": "workers",
+    "replicas": "workers",
+    "nofile": "limits.rlimits.nofile",
+    "rlimits": "limits.rlimits",
+    "backoff": "restart.backoff",
+    "settle": "restart.settle",
+    "uid": "user",
+    "workdir": "directory",
+    "working_dir": "directory",
+}
+_LIMITS_ELSEWHERE = {name: f"rlimits.{name}" for name in ("as", "core", "fsize", "memlock", "nofile", "nproc", "stack")}
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """The message for a key that is none, with the one that was probably meant."""
+    from difflib import get_close_matches  # only a file with errors pays for it
+
+    word = name.lower().replace("-", "_")
+    elsewhere = _ELSEWHERE if "command" in known else _LIMITS_ELSEWHERE if "rlimits" in known else {}
+    near = get_close_matches(word, known, n=1)
+    if meant := elsewhere.get(word) or (near[0] if near else None):
+        return f"unknown key: did you mean {meant}?"
+    return f"unknown key: the keys here are {', '.join(known)}"
+
+
+# --- kinds ---------------------------------------------------------------------------------------------------------
+
+
+def _fail(why: str, *path: str | int) -> NoReturn:
+    raise Wrong([(path, why)])
+
+
+_NAMES: tuple[tuple[Any, str], ...] = (
+    (bool, "true or false"),
+    (str, "a text"),
+    ((int, float), "a number"),
+    (list, "a list"),
+    (dict, "a table"),
+    ((datetime, date, time), "a date or time"),
+)
+
+
+def _is(value: object) -> str:
+    return next(name for type_, name in _NAMES if isinstance(value, type_))
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _digits(value: float) -> str:
+    """A number as written, or nearly; Python refuses to print the longest."""
+    return str(value) if abs(value) < 1e18 else f"{value:.0e}" if isinstance(value, float) else "..."
+
+
+def shown(value: object) -> str:
+    """value for a message."""
+    if isinstance(value, str):
+        return quoted(value)
+    return _digits(value) if _is_number(value) else _is(value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        _fail(f"must be a text, not {_is(value)}" + (f': write "{_digits(value)}"' if _is_number(value) else ""))
+    if "\0" in value:
+        _fail("holds a NUL byte, which no program can receive")
+    return value
+
+
+def _filled(value: object) -> str:
+    return _text(value) or _fail("is empty")
+
+
+def _flag(value: object) -> bool:
+    return value if isinstance(value, bool) else _fail(f"must be true or false, not {_is(value)}")
+
+
+def _whole(value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        _fail(f"must be a whole number, not {value if isinstance(value, float) else _is(value)}")
+    if not low <= value <= high:
+        _fail(f"must be from {low} to {high}")
+    return value
+
+
+def _number(value: object, low: float, high: float) -> float:
+    if not _is_number(value):
+        _fail(f"must be a number, not {_is(value)}")
+    if not low <= value <= high:  # as nan never is
+        _fail(f"must be from {low:g} to {high:g}")
+    return float(value)
+
+
+def _united(value: object, what: str, unit: str, read: Callable[[str], _N]) -> _N:
+    """A text with a unit, read by one of the functions of units."""
+    if _is_number(value):
+        _fail(f'{_digits(value)} has no unit: write "{_digits(value)}{unit}"')
+    if not isinstance(value, str):
+        _fail(f'must be {what} as a text, such as "10{unit}", not {_is(value)}')
+    try:
+        return read(value)
+    except ValueError as error:
+        why = str(error)
+    _fail(why if "no unit" in why else f"{quoted(value)} {why}")
+
+
+def _one_of(value: object, words: tuple[str, ...], not_yet: tuple[str, ...]) -> str:
+    word = _text(value)
+    if word in words:
+        return word
+    if word in not_yet:
+        _fail(f"{quoted(word)} is {NOT_YET}")
+    from difflib import get_close_matches  # as in unknown()
+
+    near = get_close_matches(word.lower(), words, n=1)
+    _fail(f"{quoted(word)} is none of {', '.join(words)}" + (f": did you mean {near[0]}?" if near else ""))
+
+
+def _list(value: object, item: Kind) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        _fail(f"must be a list, not {_is(value)}: put it between [ and ]")
+    taken: list[Any] = []
+    found: Found = []
+    for index, element in enumerate(value):
+        try:
+            taken.append(item.take(element))
+        except Wrong as wrong:
+            found += [((index, *path), why) for path, why in wrong.found]
+    if found:
+        raise Wrong(found)
+    return tuple(taken)
+
+
+def _table(value: object, keys: dict[str, Key], hint: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        _fail(f"must be a table, not {_is(value)}" + (f": write {hint}" if hint else ""))
+    values, found = convert(keys, value)
+    if found:
+        raise Wrong(found)
+    return values
+
+
+def whole(low: int, high: int) -> Kind:
+    return Kind("whole number", lambda value: _whole(value, low, high))
+
+
+def number(low: float, high: float) -> Kind:
+    return Kind("number", lambda value: _number(value, low, high))
+
+
+def one_of(*words: str, not_yet: tuple[str, ...] = ()) -> Kind:
+    return Kind(" \\| ".join(f'`"{word}"`' for word in words), lambda value: _one_of(value, words, not_yet))
+
+
+def list_of(item: Kind, name: str = "") -> Kind:
+    return Kind(name or f"list of {item.name}s", lambda value: _list(value, item))
+
+
+def table(keys: dict[str, Key], hint: str = "") -> Kind:
+    return Kind("table", lambda value: _table(value, keys, hint), keys)
+
+
+TEXT = Kind("text", _filled)
+FLAG = Kind("true or false", _flag)
+DURATION = Kind("duration", lambda value: _united(value, "a duration", "s", units.duration))
+SIZE = Kind("size", lambda value: _united(value, "a size", "M", units.size))
+TEXTS = list_of(TEXT)
+TEXT_OR_LIST = Kind("text or list of texts", lambda value: (TEXT if isinstance(value, str) else TEXTS).take(value))
+
+
+# --- kinds of one key ----------------------------------------------------------------------------------------------
+
+
+def _command(value: object) -> str | tuple[str, ...]:
+    """A text stays one: only config knows whether `shell` stands beside it."""
+    if isinstance(value, list):
+        words = _list(value, Kind("text", _text))
+        return words if words and words[0] else _fail("is empty: name the program to run")
+    if not isinstance(value, str):
+        _fail(f'must be a list of texts, such as ["app", "--port", "80"], or a text, not {_is(value)}')
+    return _text(value) if value.strip() else _fail("is empty: name the program to run")
+
+
+def _umask(value: object) -> int:
+    if not isinstance(value, str) or not re.fullmatch("0?[0-7]{1,3}", value):
+        _fail('must be a text of octal digits, such as "022"')
+    return int(value, 8)
+
+
+def is_variable(name: str) -> bool:
+    """Whether name can name an environment variable: anything but nothing, = and NUL, as the kernel has it."""
+    return bool(name) and "=" not in name and "\0" not in name
+
+
+def _env(value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        _fail(f'must be a table, not {_is(value)}: write env = {{ NAME = "value" }}')
+    found: Found = []
+    for name, text in value.items():
+        try:
+            if not is_variable(name):
+                _fail('cannot be a variable\'s name: it must not be empty or hold "=" or NUL')
+            _text(text)
+        except Wrong as wrong:
+            found += [((name, *path), why) for path, why in wrong.found]
+    if found:
+        raise Wrong(found)
+    return dict(value)
+
+
+def _signal(value: object) -> int:
+    text = _digits(value) if _is_number(value) else _text(value)
+    try:
+        return units.signal_number(text)
+    except ValueError as error:
+        why = str(error)
+    _fail(f"{quoted(text)} {why}")
+
+
+SIGNAL = Kind("signal", _signal)
+STEP = {
+    "signal": Key(SIGNAL, "", "What to send to the main program: `TERM`, `SIGTERM`, `15`, `RTMIN+3`."),
+    "wait": Key(DURATION, "", "How long the program may take before the next step."),
+}
+
+
+def _step(value: object) -> dict[str, Any]:
+    if value == "kill":
+        return {"signal": None}
+    if not isinstance(value, dict):
+        _fail('must be { signal = "TERM", wait = "10s" } or "kill"')
+    values, found = convert(STEP, value)
+    found += [((name,), f"is missing: {STEP[name].doc}") for name in STEP if name not in value]
+    if found:
+        raise Wrong(found)
+    return values
+
+
+UNLIMITED = "unlimited"
+LIMIT_KEYS = ("soft", "hard")
+
+
+def _limit(value: object, kind: Kind) -> tuple[object, object]:
+    """(soft, hard), None for unlimited."""
+    if not isinstance(value, dict):
+        one = _limit_value(value, kind)
+        return one, one
+    pair: dict[str, Any] = {}
+    found: Found = [((name,), unknown(name, LIMIT_KEYS)) for name in value if name not in LIMIT_KEYS]
+    found += [((name,), "is missing: give soft and hard") for name in LIMIT_KEYS if name not in value]
+    for name in LIMIT_KEYS:
+        try:
+            pair[name] = _limit_value(value[name], kind) if name in value else None
+        except Wrong as wrong:
+            found += [((name,), why) for _, why in wrong.found]
+    if found:
+        raise Wrong(found)
+    return pair["soft"], pair["hard"]
+
+
+def _limit_value(value: object, kind: Kind) -> object:
+    return None if value == UNLIMITED else kind.take(value)
+
+
+def _cpu_seconds(value: object) -> int:
+    seconds: float = DURATION.take(value)
+    return (
+        int(seconds) if seconds == int(seconds) else _fail("must be whole seconds: the kernel counts no parts of them")
+    )
+
+
+COUNT = whole(0, (1 << 63) - 1)
+_RLIMITS: tuple[tuple[str, Kind, str], ...] = (
+    ("as", SIZE, "Address space."),
+    ("core", SIZE, 'Core file; `"0B"` for none.'),
+    ("cpu", Kind("duration", _cpu_seconds), "CPU time, in whole seconds; SIGXCPU after it."),
+    ("data", SIZE, "Heap and data."),
+    ("fsize", SIZE, "Files written; SIGXFSZ beyond it."),
+    ("locks", COUNT, "File locks; Linux ignores it."),
+    ("memlock", SIZE, "Memory locked into RAM."),
+    ("msgqueue", SIZE, "POSIX message queues of the user."),
+    ("nice", COUNT, "20 minus the lowest nice value it may take."),
+    ("nofile", COUNT, "Highest file descriptor, plus one."),
+    ("nproc", COUNT, "Processes and threads of the user."),
+    ("rss", SIZE, "Resident memory; Linux ignores it."),
+    ("rtprio", COUNT, "Highest real-time priority."),
+    ("sigpending", COUNT, "Queued signals of the user."),
+    ("stack", SIZE, "Main thread's stack."),
+)
+
+
+def _rlimit(kind: Kind) -> Kind:
+    return Kind(f'{kind.name}, `"unlimited"` or `{{ soft, hard }}`', lambda value: _limit(value, kind))
+
+
+RLIMITS = {name: Key(_rlimit(kind), "", doc) for name, kind, doc in _RLIMITS}
+
+# --- the tables ----------------------------------------------------------------------------------------------------
+
+BACKOFF = {
+    "first": Key(DURATION, '"100ms"', "The first wait."),
+    "factor": Key(number(1, 1000), "2.0", "Each wait is this many times the one before."),
+    "max": Key(DURATION, '"30s"', "No wait is longer (but for jitter)."),
+    "jitter": Key(number(0, 1), "0.1", "Each wait is longer or shorter by up to this share of it."),
+    "reset_after": Key(DURATION, '"60s"', "Up that long, a worker's earlier failures are forgotten."),
+}
+
+RESTART = {
+    "policy": Key(
+        one_of("always", "on-failure", "never"),
+        '"always"',
+        'When a life that ended is followed by another. A oneshot: `"never"` (its default) or `"on-failure"`.',
+    ),
+    "success": Key(list_of(whole(0, 255), "list of exit codes"), "[0]", "Exit codes that count as a good end."),
+    "settle": Key(
+        DURATION,
+        '"1s"',
+        "The first restart of a life that was up that long is immediate; every later one waits by `backoff`.",
+    ),
+    "backoff": Key(table(BACKOFF, 'backoff = { first = "100ms" }'), "", "Waits before launches."),
+    "intensity": later("Giving up after too many deaths."),
+    "rules": later("Decisions by exit code or signal."),
+}
+
+LIMITS = {
+    "rlimits": Key(
+        table(RLIMITS, "rlimits = { nofile = 1024 }"), "", "Resource limits, setrlimit(2), of each process."
+    ),
+    **{name: later("Control group limits.") for name in ("memory", "cpu", "pids", "io", "oom")},
+}
+
+LOG = {
+    "merge": Key(FLAG, "false", "stdout and stderr share one pipe: their order is kept, every record says `stdout`."),
+    **{
+        name: later("Log files and sinks.")
+        for name in (
+            "size", "age", "keep", "total", "compress", "fsync", "multiline", "rate", "sink", "overflow", "on_error",
+        )
+    },
+}  # fmt: skip
+
+POOL = {
+    "command": Key(
+        Kind("list of texts, or text", _command),
+        "",
+        "**Required.** The program and its arguments. A text is split as a shell would, but no shell runs.",
+    ),
+    "shell": Key(FLAG, "false", "`command` is a text for `/bin/sh -c`."),
+    "workers": Key(whole(0, 1_000_000), "1", "How many of them."),
+    "directory": Key(TEXT, '"/"', "Working directory; absolute."),
+    "user": Key(
+        TEXT, "the supervisor's", "Name, or number as a text. Sets the group and the supplementary groups too."
+    ),
+    "group": Key(TEXT, "the user's", "Name, or number as a text."),
+    "groups": Key(TEXTS, "the user's", "Supplementary groups, all of them."),
+    "umask": Key(Kind("octal text", _umask), '"022"', ""),
+    "env": Key(Kind("table of texts", _env), "{}", "Environment variables; beats `env_file` and `env_inherit`."),
+    "env_file": Key(
+        TEXT_OR_LIST,
+        "[]",
+        "Files of `NAME=value` lines, relative to the config file; the last one wins; `?` in front: may be missing.",
+    ),
+    "env_inherit": Key(TEXTS, "[]", 'Variables passed on from the supervisor, with wildcards: `["AWS_*"]`.'),
+    "type": Key(one_of("service", "oneshot"), '"service"', "A oneshot is meant to end; `done` when it ended well."),
+    "essential": Key(FLAG, "false", "When it ends for good, `nssup up` ends with its exit code."),
+    "enabled": Key(FLAG, "true", "Started with the supervisor."),
+    "stdin": Key(one_of("null", not_yet=("pty",)), '"null"', "`/dev/null`."),
+    "on_supervisor_death": Key(
+        one_of("keep", "die"),
+        '"keep"',
+        "What becomes of the workers. This version cannot take lives over yet: they die.",
+    ),
+    "init": Key(
+        FLAG,
+        "true",
+        "Whether nssup-init is PID 1 of the namespace. With `false` the program is, with a PID 1's duties.",
+    ),
+    "namespaces": Key(
+        list_of(one_of("pid", "mount", "uts", "ipc", "user", not_yet=("net", "cgroup", "time")), "list of names"),
+        '["pid", "mount", "uts", "ipc"]',
+        "The worker's own namespaces: `pid`, `mount`, `uts`, `ipc`, `user`. `pid` is a must.",
+    ),
+    "proc": Key(FLAG, "true", "A `/proc` of its own, which shows its processes only; needs `mount`."),
+    "hostname": Key(TEXT, "the host's", "In the worker's own `uts` namespace."),
+    "stop": Key(
+        list_of(Kind("step", _step), 'list of `{ signal, wait }` or `"kill"`'),
+        '[{ signal = "TERM", wait = "10s" }, "kill"]',
+        'Signals to the main program, each with the time it has to end, then `"kill"` for the whole tree.',
+    ),
+    "restart": Key(table(RESTART, 'restart = { policy = "..." }'), "", "See below."),
+    "limits": Key(table(LIMITS, "limits = { rlimits = { nofile = 1024 } }"), "", "See below."),
+    "log": Key(table(LOG, "log = { merge = true }"), "", "See below."),
+    "requires": later("Dependencies."),
+    "credentials": later("Secret files."),
+    "reload": later("Reload without restart."),
+    "start_timeout": later("Time-out of the start."),
+    "sockets": later("Socket activation."),
+    "startup": later("Start-up probe."),
+    "ready": later("Readiness."),
+    "live": later("Liveness probe."),
+    "watchdog": later("Watchdog."),
+    "rolling": later("Rolling restarts."),
+    "recycle": later("Recycling by age or memory."),
+    "isolation": later("Mounts, capabilities, seccomp, network."),
+}
+
+SUPERVISOR = {
+    "state_dir": Key(TEXT, "`/var/lib/nssup`; not root: `$XDG_STATE_HOME/nssup`", "What the operator wants."),
+    "runtime_dir": Key(
+        TEXT,
+        "`/run/nssup`; not root: `$XDG_RUNTIME_DIR/nssup`; `STATE_DIR/run` when only `state_dir` is given",
+        "Lives, lock, socket.",
+    ),
+    "log_dir": Key(TEXT, "`/var/log/nssup`; not root: `$XDG_STATE_HOME/nssup/log`", "Records of workers and events."),
+    "socket": Key(TEXT, "`RUNTIME_DIR/nssup.sock`", "The control socket, mode 0660; at most 107 bytes long."),
+    "control": later("Roles and access."),
+}
+
+
+def _no_check(value: object) -> object:
+    """For the top level, whose tables config takes apart itself."""
+    return value
+
+
+TOP = {
+    "version": Key(Kind("`1`", _no_check), "", "**Required.** Of this format; `1` is the only one."),
+    "include": Key(
+        TEXTS,
+        "[]",
+        "More files, relative to this one, with wildcards; in sorted order. They may hold pools and includes.",
+    ),
+    "supervisor": Key(Kind("table", _no_check, SUPERVISOR), "", "Directories and socket."),
+    "defaults": Key(Kind("table", _no_check, POOL), "", "Any pool key, for every pool."),
+    "pool": Key(
+        Kind("table", _no_check, POOL), "", "`[pool.NAME]`: one pool each; NAME is `[a-z0-9][a-z0-9_-]{0,47}`."
+    ),
+    "socket": later("Sockets held by the supervisor."),
+    "timer": later("Timers."),
+    "group": later("Groups of pools."),
+}
