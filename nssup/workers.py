@@ -228,7 +228,8 @@ class WorkerSet:
         """Tick every worker whose deadline is not after now, earliest first."""
         actions: Actions = []
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            actions += self._step(heapq.heappop(self._heap)[1], Tick(), now)
+            # Not popped: the next stop step may have the very same deadline. Otherwise the entry is stale after this.
+            actions += self._step(self._heap[0][1], Tick(), now)
         return actions
 
     def next_deadline(self) -> float | None:
@@ -282,6 +283,12 @@ class WorkerSet:
             heapq.heapify(self._heap)
 
     # --- publishing ------------------------------------------------------------------------------------------------
+
+    def note(
+        self, event: str, now: float, *, pool: str | None = None, reason: str | None = None, detail: dict[str, Any] | None = None
+    ) -> None:
+        """Publish a fact that is no change of a worker's state, in the one sequence of numbers."""
+        self._say(now, event, pool=pool, reason=reason, detail=detail)
 
     def _tell(
         self, worker_id: str, old: Worker, new: Worker, event: Input, actions: Iterable[Action], now: float
