@@ -211,6 +211,12 @@ def _launch_failed(w: Worker, event: LaunchFailed, here: Here) -> Step:
     return _over(w, Exit(reason=event.reason), here)
 
 
+def _launch_withdrawn(w: Worker, event: LaunchFailed, here: Here) -> Step:
+    """A stop was faster than the launch: there was no life, so nothing ended."""
+    after, actions = _over(w, Exit(reason=event.reason), here)
+    return replace(after, last_exit=w.last_exit), actions
+
+
 # --- stopping ------------------------------------------------------------------------------------------------------
 
 
@@ -453,7 +459,7 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.STOPPING, Remove): _to(_stay_down, _S.STOPPING),
     (_S.STOPPING, Kill): _to(_signal, _S.STOPPING),
     (_S.STOPPING, Launched): _to(_launched_to_die, _S.STOPPING),
-    (_S.STOPPING, LaunchFailed): _to(_launch_failed, _S.STOPPED, _S.STARTING, _S.STOPPING),
+    (_S.STOPPING, LaunchFailed): _to(_launch_withdrawn, _S.STOPPED, _S.STARTING, _S.STOPPING),
     (_S.STOPPING, Started): _to(_started, _S.STOPPING),
     (_S.STOPPING, SetupFailed): _to(_setup_failed, _S.STOPPING),
     (_S.STOPPING, Exited): _to(_exited, _S.STOPPING, _S.STARTING),

@@ -17,6 +17,7 @@ Published, one Event per change of state, plus facts (`from` and `to` are None):
 | `signalled` | fact: a signal was sent without a change of state: an operator's, or the next stop step |
 | `removed` | fact: the worker was scaled away and is forgotten |
 | `pool_added` `scaled` `pool_removed` | facts about a pool |
+| `log_failed` | fact: a pool's log file took no more, and output was dropped (`note`d by whoever writes it) |
 
 `exit` is how the last life ended, where the change is about that. A relaunch at once has no event of its own for the
 end before it: `relaunched` then carries `exit`, and the ended life's numbers in `detail.ended`.
@@ -53,6 +54,7 @@ EVENTS = frozenset(EVENT_OF.values()) | {
     "pool_added",
     "scaled",
     "pool_removed",
+    "log_failed",
 }
 
 # A life's end is told with the change that it caused.
@@ -285,7 +287,13 @@ class WorkerSet:
     # --- publishing ------------------------------------------------------------------------------------------------
 
     def note(
-        self, event: str, now: float, *, pool: str | None = None, reason: str | None = None, detail: dict[str, Any] | None = None
+        self,
+        event: str,
+        now: float,
+        *,
+        pool: str | None = None,
+        reason: str | None = None,
+        detail: dict[str, Any] | None = None,
     ) -> None:
         """Publish a fact that is no change of a worker's state, in the one sequence of numbers."""
         self._say(now, event, pool=pool, reason=reason, detail=detail)
@@ -372,6 +380,8 @@ def _ended(old: Worker, new: Worker) -> Exit | None:
     """How the life ended that this change is about, if it is about an end."""
     if new.state is State.STOPPING:
         return new.exit or (new.last_exit if old.alive and not new.alive else None)
+    if old.alive and new.last_exit is old.last_exit:
+        return None  # the launch was withdrawn
     over = old.state in _LIVES and (new.state in _ENDS or new.generation > old.generation)
     return new.last_exit if over else None
 

@@ -408,6 +408,9 @@ def test_a_stop_before_the_launch_is_known_kills_then() -> None:
 
 def test_a_stop_before_a_launch_that_fails() -> None:
     assert Story().tell(Start(), Stop(), LaunchFailed(1, "setup-failed:clone:EAGAIN")).state is State.STOPPED
+    before = in_state(State.BACKOFF).tell(Start(), Stop())
+    assert before.told(LaunchFailed, "operator").state is State.STOPPING  # the first life's init is still there
+    assert before.tell(Gone(1)).worker.last_exit == CODE_3, "no life ended, so the last exit is the one before"
     restarted = Story().tell(Start(), Restart(), LaunchFailed(1, "setup-failed:clone:EAGAIN"))
     assert (restarted.state, restarted.did) == (State.STARTING, (Launch(2),))
 
