@@ -109,8 +109,8 @@ class Launcher:
     def launch(self, plan: record.Plan, *, stdio: tuple[int, int, int] | None = None, merge: bool = False) -> "Process":
         """Clone init for this plan; nothing of the program runs before Process.go.
 
-        stdio: descriptors for the program's 0, 1, 2 (the caller keeps them); None: stdin is /dev/null, stdout and stderr
-        are pipes whose read ends the Process has (one pipe for both with merge).
+        stdio: descriptors for the program's 0, 1, 2 (the caller keeps them). None: stdin is /dev/null, stdout and
+        stderr are pipes whose read ends the Process has (one pipe for both with merge).
         Raises LaunchError; then nothing is left behind.
         """
         step = wire.Step.LINE
@@ -371,9 +371,7 @@ def signal_name(signo: int) -> str:
         return f"SIG{signo}"
 
 
-def exit_of(
-    code: int, status: int, cpu_seconds: float | None = None, max_rss_bytes: int | None = None
-) -> Exit:
+def exit_of(code: int, status: int, cpu_seconds: float | None = None, max_rss_bytes: int | None = None) -> Exit:
     """events.Exit from what waitid(2) said: code CLD_EXITED, CLD_KILLED or CLD_DUMPED, status exit code or signal."""
     if code == os.CLD_EXITED:
         return Exit(reason=f"exit:{status}", code=status, cpu_seconds=cpu_seconds, max_rss_bytes=max_rss_bytes)
@@ -386,6 +384,6 @@ def exit_of(
     )
 
 
-def exit_of_message(exit: wire.Exit) -> Exit:
+def exit_of_message(told: wire.Exit) -> Exit:
     """events.Exit from init's own record."""
-    return exit_of(exit.code, exit.status, (exit.user_us + exit.system_us) / 1e6, exit.max_rss_bytes)
+    return exit_of(told.code, told.status, (told.user_us + told.system_us) / 1e6, told.max_rss_bytes)

@@ -25,6 +25,7 @@ class Directories:
         try:
             for path in (spec.state_dir, spec.runtime_dir):
                 _make(path, 0o700)
+                _check_ours(path)
                 self._locks.append(_lock(Path(path)))
             _make(spec.log_dir, 0o750)
             self.epoch = _next_epoch(Path(spec.state_dir, "epoch"))
@@ -43,6 +44,17 @@ def _make(path: str, mode: int) -> None:
     except OSError as error:
         why = "is no directory" if isinstance(error, FileExistsError) else (error.strerror or str(error))
         raise ControlError("directory", f"cannot make {path}: {why}") from None
+
+
+def _check_ours(path: str) -> None:
+    """What is in there steers us: nobody else may write it."""
+    found = os.stat(path)
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise ControlError(
+            "directory",
+            f"cannot use {path}: it belongs to uid {found.st_uid} and has mode {found.st_mode & 0o7777:04o}",
+            hint=f"it must belong to uid {os.geteuid()} and be writable by nobody else",
+        )
 
 
 def _lock(directory: Path) -> int:

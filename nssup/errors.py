@@ -90,5 +90,5 @@ class ControlError(NssupError):
         self.exit_code = exit_code
 
 
-class ImpossibleEvent(AssertionError):  # noqa: N818 - named for what happened: our own bug, never caught below the top
+class ImpossibleEvent(AssertionError):
     """Our own bug: an event arrived in a state that has neither an edge for it nor ignores it."""

@@ -40,7 +40,7 @@ class Account(NamedTuple):
 
 
 def candidates(program: str, path: str) -> tuple[str, ...]:
-    """The paths to try in order, as execvp(3): the program itself when it holds a slash, else each directory of path."""
+    """The paths to try in order, as execvp(3): the program itself if it holds a slash, else in each part of path."""
     if "/" in program:
         return (program,)
     return tuple(f"{directory or '.'}/{program}" for directory in path.split(":"))

@@ -1,7 +1,7 @@
 """What /proc tells of a process by its host PID. Every answer is None when the process is not there (any more).
 
-A host PID can be recycled between two reads; callers ask about processes that they hold unreaped, or treat the answer as
-display only. Source: proc(5).
+A host PID can be recycled between two reads; callers ask about processes that they hold unreaped, or treat the answer
+as display only. Source: proc(5).
 """
 
 import os

@@ -47,8 +47,8 @@ class Identity(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One life's launch, everything resolved. argv, env ("NAME=VALUE"), candidates (paths to try in order), directory and
-    hostname are file-system encoded. rlimits: (resource number, soft, hard), UNLIMITED for no limit. identity None:
+    """One life's launch, everything resolved. argv, env ("NAME=VALUE"), candidates (paths to try in order), directory
+    and hostname are file-system encoded. rlimits: (resource number, soft, hard), UNLIMITED for no limit. identity None:
     the supervisor's own. die: the life ends with its supervisor. namespaces: names of spec.NAMESPACES."""
 
     generation: int
@@ -203,9 +203,10 @@ def decode_slot(data: bytes) -> Slot | None:
     magic, version, step, sequence, boot_id, epoch, generation, *rest = _SLOT.unpack_from(data)
     if magic != SLOT_MAGIC or not SLOT_VERSION - 1 <= version <= SLOT_VERSION or step == SLOT_FREE:
         return None
-    *numbers, handle_length, handle, name, spec_hash = rest
+    numbers, (handle_length, handle, name, spec_hash) = rest[:-4], rest[-4:]
     try:
         worker = name.rstrip(b"\0").decode()
     except UnicodeDecodeError:
         return None
-    return Slot(step, sequence, boot_id, epoch, generation, worker, *numbers, handle[: min(handle_length, 64)], spec_hash)
+    known = (step, sequence, boot_id, epoch, generation, worker, *numbers)
+    return Slot._make((*known, handle[: min(handle_length, 64)], spec_hash))

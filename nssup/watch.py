@@ -30,8 +30,8 @@ class Watch:
         self._callbacks[fd] = callback
 
     def remove(self, fd: int) -> None:
-        """Before the descriptor is closed, always: a clone's child may hold a copy for a moment, and then an epoll goes on
-        reporting a closed number."""
+        """Before the descriptor is closed, always: a clone's child may hold a copy for a moment, and the epoll would
+        go on reporting the closed number."""
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 

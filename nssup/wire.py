@@ -165,7 +165,7 @@ def ping(epoch: int) -> bytes:
 
 
 class Exit(NamedTuple):
-    """How the main program ended. code: CLD_EXITED 1, CLD_KILLED 2, CLD_DUMPED 3, 0 while it has not; boottime_ns: when."""
+    """How the program ended. code: CLD_EXITED 1, CLD_KILLED 2, CLD_DUMPED 3, 0 while it has not; boottime_ns: when."""
 
     code: int = 0
     status: int = 0
@@ -176,7 +176,7 @@ class Exit(NamedTuple):
 
 
 class Started(NamedTuple):
-    """The program runs (without init: is about to exec). host_pid: the kernel's translation of credentials on the line."""
+    """The program runs (without init: is about to exec). host_pid: translated by the kernel from the credentials."""
 
     generation: int
     ns_pid: int
@@ -229,16 +229,17 @@ def _fit(layout: struct.Struct, data: bytes, at: int, length: int) -> tuple[int,
 def _decode_one(kind: int, data: bytes, at: int, length: int, host_pid: int) -> Message | None:
     if kind == Type.STATE:
         f = _fit(_STATE, data, at, length)
-        return State(*f[:8], exit=Exit(*f[8:]))
+        return State._make((*f[:8], Exit._make(f[8:])))
     if kind == Type.STARTED:
-        return Started(*_fit(_STARTED, data, at, length), host_pid=host_pid)
+        generation, ns_pid = _fit(_STARTED, data, at, length)
+        return Started(generation, ns_pid, host_pid)
     if kind == Type.EXITED:
         f = _fit(_EXITED, data, at, length)
-        return Exited(f[0], Exit(*f[2:]))
+        return Exited(f[0], Exit._make(f[2:]))
     if kind == Type.EMPTY:
         return Empty(_fit(_TWO, data, at, length)[0])
     if kind == Type.FAILED:
-        return Failed(*_fit(_FAILED, data, at, length)[:3])
+        return Failed._make(_fit(_FAILED, data, at, length)[:3])
     return None
 
 

@@ -20,12 +20,12 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 ROWS = [
     "errors units locate",
     "spec events record wire keys document envfile",
-    "machine restart deps rollout schedule adopt lines config diff render selection plan",
+    "machine restart deps rollout schedule adopt lines config diff render selection plan openapi",
     "workers",
-    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs",
+    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs http snapshot",
     "loop sim",
     "executor run foreground",
-    "ctl http client",
+    "ctl client",
     "__main__ cli fast up",
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
