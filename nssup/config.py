@@ -274,7 +274,7 @@ def _section(reading: _Reading, main: Document, name: str) -> Table:
     section = main.table.get(name, {})
     if isinstance(section, dict):
         return section
-    reading.blame(main, (name,), f"must be a table: write [{name}]")
+    reading.blame(main, (name,), f"must be a table: write [{name}{'.NAME' if name == 'pool' else ''}]")
     return {}
 
 
@@ -390,10 +390,9 @@ def _pool(reading: _Reading, pool: _Pool, facts: Facts) -> PoolSpec:
         reading.blame_pool(pool, ("command",), why)
     fields = {"name": pool.name, "command": ("-",), **_fields(reading, pool, values)}
     spec = msgspec.convert(fields, PoolSpec)
-    wrong = {path[0] for path, _ in found}
     for key, why in [*problems(spec), *resolve(spec, facts)[1]]:
         rule = _path(key)
-        if not rule or rule[0] not in wrong:
+        if not any(path == rule[: len(path)] or rule == path[: len(rule)] != () for path, _ in found):
             reading.blame_pool(pool, rule, why)
     return spec
 

@@ -117,4 +117,6 @@ def _syntax_problem(name: str, text: str, message: str) -> Problem:
             return Problem(name, *twice.second, locate.dotted(twice.path), why)
         what = "something is defined twice: keep one of them"
     advice = next((advice for start, advice in _ADVICE if what.startswith(start)), "")
+    if not line:
+        advice = ": the file ends before something is complete"
     return Problem(name, *place, "", f"is no TOML: {what[:1].lower()}{what[1:]}{advice}".replace("\n", " "))

@@ -5,7 +5,7 @@ Nothing here knows of files, positions or other keys: rules between keys are spe
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import date, datetime, time
 from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar
 
@@ -20,11 +20,12 @@ Found = list[tuple[Path, str]]  # below the value: where, and what is wrong
 
 
 class Wrong(Exception):  # carries findings up to config, which makes a SpecError of all of them
-    """What is wrong with one value, in all its places."""
+    """What is wrong with one value, in all its places. rest: the value without that, where it still means something."""
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: Found, rest: dict[str, Any] | None = None) -> None:
         super().__init__(found)
         self.found = found
+        self.rest = rest
 
 
 class Kind(NamedTuple):
@@ -62,6 +63,8 @@ def convert(keys: dict[str, Key], table: dict[str, Any]) -> tuple[dict[str, Any]
                 values[name] = key.kind.take(value)
             except Wrong as wrong:
                 found += [((name, *path), why) for path, why in wrong.found]
+                if wrong.rest is not None:
+                    values[name] = wrong.rest
     return values, found
 
 
@@ -82,6 +85,9 @@ _ELSEWHERE = {
     "nofile": "limits.rlimits.nofile",
     "rlimits": "limits.rlimits",
     "backoff": "restart.backoff",
+    "cpu": "limits.cpu",
+    "memory": "limits.memory",
+    "pids": "limits.pids",
     "settle": "restart.settle",
     "uid": "user",
     "workdir": "directory",
@@ -90,16 +96,16 @@ _ELSEWHERE = {
 _LIMITS_ELSEWHERE = {name: f"rlimits.{name}" for name in ("as", "core", "fsize", "memlock", "nofile", "nproc", "stack")}
 
 
-def unknown(name: str, known: Iterable[str]) -> str:
-    """The message for a key that is none, with the one that was probably meant."""
+def unknown(name: str, keys: dict[str, Key]) -> str:
+    """The message for a name that is none of keys, with the one that was probably meant."""
     from difflib import get_close_matches  # only a file with errors pays for it
 
     word = name.lower().replace("-", "_")
-    elsewhere = _ELSEWHERE if "command" in known else _LIMITS_ELSEWHERE if "rlimits" in known else {}
-    near = get_close_matches(word, known, n=1)
+    elsewhere = _ELSEWHERE if keys is POOL else _LIMITS_ELSEWHERE if keys is LIMITS else {}
+    near = get_close_matches(word, keys, n=1)
     if meant := elsewhere.get(word) or (near[0] if near else None):
         return f"unknown key: did you mean {meant}?"
-    return f"unknown key: the keys here are {', '.join(known)}"
+    return f"unknown key: the keys here are {', '.join(name for name, key in keys.items() if key.kind)}"
 
 
 # --- kinds ---------------------------------------------------------------------------------------------------------
@@ -136,6 +142,8 @@ def shown(value: object) -> str:
     """value for a message."""
     if isinstance(value, str):
         return quoted(value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return _digits(value) if _is_number(value) else _is(value)
 
 
@@ -171,17 +179,18 @@ def _number(value: object, low: float, high: float) -> float:
     return float(value)
 
 
-def _united(value: object, what: str, unit: str, read: Callable[[str], _N]) -> _N:
-    """A text with a unit, read by one of the functions of units."""
-    if _is_number(value):
-        _fail(f'{_digits(value)} has no unit: write "{_digits(value)}{unit}"')
-    if not isinstance(value, str):
-        _fail(f'must be {what} as a text, such as "10{unit}", not {_is(value)}')
+def _united(value: object, what: str, read: Callable[[str], _N]) -> _N:
+    """A text with a unit, read by one of the functions of units; for a bare number they say what to write."""
+    if not isinstance(value, str) and not _is_number(value):
+        _fail(f"must be {what}, not {_is(value)}")
+    text = value if isinstance(value, str) else _digits(value)
     try:
-        return read(value)
+        taken = read(text)
     except ValueError as error:
         why = str(error)
-    _fail(why if "no unit" in why else f"{quoted(value)} {why}")
+    else:
+        return taken
+    _fail(why if "no unit" in why else f"{quoted(text)} {why}")
 
 
 def _one_of(value: object, words: tuple[str, ...], not_yet: tuple[str, ...]) -> str:
@@ -216,7 +225,7 @@ def _table(value: object, keys: dict[str, Key], hint: str) -> dict[str, Any]:
         _fail(f"must be a table, not {_is(value)}" + (f": write {hint}" if hint else ""))
     values, found = convert(keys, value)
     if found:
-        raise Wrong(found)
+        raise Wrong(found, values)
     return values
 
 
@@ -242,8 +251,8 @@ def table(keys: dict[str, Key], hint: str = "") -> Kind:
 
 TEXT = Kind("text", _filled)
 FLAG = Kind("true or false", _flag)
-DURATION = Kind("duration", lambda value: _united(value, "a duration", "s", units.duration))
-SIZE = Kind("size", lambda value: _united(value, "a size", "M", units.size))
+DURATION = Kind("duration", lambda value: _united(value, 'a duration, such as "10s"', units.duration))
+SIZE = Kind("size", lambda value: _united(value, 'a size, such as "64M"', units.size))
 TEXTS = list_of(TEXT)
 TEXT_OR_LIST = Kind("text or list of texts", lambda value: (TEXT if isinstance(value, str) else TEXTS).take(value))
 
@@ -283,9 +292,11 @@ def _env(value: object) -> dict[str, str]:
             _text(text)
         except Wrong as wrong:
             found += [((name, *path), why) for path, why in wrong.found]
+    bad = {path[0] for path, _ in found}
+    good = {name: text for name, text in value.items() if name not in bad}
     if found:
-        raise Wrong(found)
-    return dict(value)
+        raise Wrong(found, good)
+    return good
 
 
 def _signal(value: object) -> int:
@@ -310,14 +321,17 @@ def _step(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         _fail('must be { signal = "TERM", wait = "10s" } or "kill"')
     values, found = convert(STEP, value)
-    found += [((name,), f"is missing: {STEP[name].doc}") for name in STEP if name not in value]
+    found += [((name,), 'is missing: write { signal = "TERM", wait = "10s" }') for name in STEP if name not in value]
     if found:
         raise Wrong(found)
     return values
 
 
 UNLIMITED = "unlimited"
-LIMIT_KEYS = ("soft", "hard")
+LIMIT = {
+    "soft": Key(None, "", "What holds; the process may change it up to hard."),
+    "hard": Key(None, "", "What only a privileged process may raise."),
+}
 
 
 def _limit(value: object, kind: Kind) -> tuple[object, object]:
@@ -325,14 +339,11 @@ def _limit(value: object, kind: Kind) -> tuple[object, object]:
     if not isinstance(value, dict):
         one = _limit_value(value, kind)
         return one, one
-    pair: dict[str, Any] = {}
-    found: Found = [((name,), unknown(name, LIMIT_KEYS)) for name in value if name not in LIMIT_KEYS]
-    found += [((name,), "is missing: give soft and hard") for name in LIMIT_KEYS if name not in value]
-    for name in LIMIT_KEYS:
-        try:
-            pair[name] = _limit_value(value[name], kind) if name in value else None
-        except Wrong as wrong:
-            found += [((name,), why) for _, why in wrong.found]
+    keys = {
+        name: key._replace(kind=Kind(kind.name, lambda limit: _limit_value(limit, kind))) for name, key in LIMIT.items()
+    }
+    pair, found = convert(keys, value)
+    found += [((name,), "is missing: give soft and hard") for name in keys if name not in value]
     if found:
         raise Wrong(found)
     return pair["soft"], pair["hard"]

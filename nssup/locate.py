@@ -81,14 +81,15 @@ def find_duplicate(text: str, line: int, col: int) -> Duplicate | None:
         if mark.offset > stop:
             break
         first = mentioned.setdefault(mark.path, mark.offset)
-        if mark.names and not mark.repeatable:
-            last = (
-                Duplicate(mark.path, lines.position(mark.offset), lines.position(first))
-                if first < mark.offset
-                else None
-            )
-            if mark.path in named:
-                return last
+        if not mark.names and not mark.repeatable:
+            continue
+        path = mark.path
+        if first == mark.offset:  # then it may be a table inside something that is no table
+            path = next((path[:end] for end in range(len(path) - 1, 0, -1) if path[:end] in named), ())
+        last = Duplicate(path, lines.position(mark.offset), lines.position(mentioned[path])) if path else None
+        if mark.path in named:
+            break
+        if mark.names:
             named.add(mark.path)
     return last
 

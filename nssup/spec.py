@@ -171,7 +171,7 @@ def problems(spec: PoolSpec) -> list[tuple[str, str]]:
         if ns not in NAMESPACES
     ]
     if not spec.directory.startswith("/"):
-        found.append(("directory", "must be an absolute path"))
+        found.append(("directory", "must be an absolute path: start it with /"))
     if not 0 <= spec.umask <= 0o777:
         found.append(("umask", "must be from 0 to 0o777"))
     return (
@@ -214,7 +214,7 @@ def _restart_problems(spec: PoolSpec) -> list[tuple[str, str]]:
     if not 0 <= backoff.jitter <= 1:
         found.append(("restart.backoff.jitter", "must be from 0 to 1"))
     if backoff.first > backoff.max:
-        found.append(("restart.backoff.first", f"is longer than max, which is {backoff.max:g} seconds"))
+        found.append(("restart.backoff.first", f"is longer than max, which is {backoff.max:g} s"))
     return found
 
 
