@@ -12,42 +12,31 @@ alone until half of them are written, and its workers wait in their writes.
 """
 
 import asyncio
-import contextlib
 import errno
 import fcntl
-import io
 import os
 import select
-import stat
 import struct
 import termios
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
-from aiofiles.threadpool import wrap
 
 from nssup.errors import errno_name
 from nssup.lines import Framer, mark, stamp
+from nssup.logfile import LogFile, last_records, pick_last, timestamp
 
 READ = 64 * 1024  # bytes per read, and so per pipe and pass: a pipe of the usual size, and what O_DIRECT packets need
 REST = 0.010  # seconds between two passes, as a rule
 SHORT_REST = 0.001  # the shortest that a loop's timers can do; for pipes that would fill up in REST
 HIGH = 8 * 1024 * 1024  # bytes of records a pool may have waiting for its file
 WRITE = 1024 * 1024  # bytes of records in one write, about
-BLOCK = 64 * 1024  # bytes of a file looked at at once, from its end
 SCAN = 64 * 1024 * 1024  # bytes of a file searched for its last records
 LAST = 256 * 1024  # the same, where the loop waits for it
-LONGEST = 256 * 1024  # bytes of a record: more is none of ours
-FILE_MODE = 0o640
-DIRECTORY_MODE = 0o750
-
-_START = b'{"ts":"'
-_TS = slice(len(_START), len(_START) + 27)
-_WORKER = len(_START) + 27 + 1  # where `,"worker":` is, in a record
 
 
 class _Offset(msgspec.Struct):
@@ -122,11 +111,16 @@ class _Outage:
             for (worker_id, generation), lost in self.missing.items()
         )
 
+    def forget(self, count: int) -> None:
+        """The first count marks are in the log."""
+        for life in list(self.missing)[:count]:
+            del self.missing[life]
+
 
 class _Pool:
     """One log: of a pool of workers, or of nssup itself."""
 
-    def __init__(self, name: str, file: "_LogFile | None") -> None:
+    def __init__(self, name: str, file: "LogFile | None") -> None:
         self.name = name
         self.file = file
         self.lock = asyncio.Lock()  # held while a write is in flight
@@ -151,122 +145,6 @@ class _Pool:
             size += len(chunk.records)
             self.in_flight.append(chunk)
         return self.in_flight
-
-
-class _Opened(NamedTuple):
-    fd: int
-    size: int
-    torn: bool
-    last_ts: str
-
-
-def _open_log(path: Path) -> _Opened:
-    """path opened for appending, made if need be; never anything but a regular file, never through a symbolic link."""
-    _make_directory(path.parent)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    try:
-        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, FILE_MODE)
-    except FileExistsError:
-        fd = os.open(path, flags)
-    else:
-        os.fchmod(fd, FILE_MODE)  # whatever the umask
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        end = _read_end(path, status.st_size)
-    except BaseException:
-        os.close(fd)
-        raise
-    records = [line for line in end.split(b"\n")[:-1] if _is_record(line)]
-    return _Opened(fd, status.st_size, end[-1:] not in (b"", b"\n"), records[-1][_TS].decode() if records else "")
-
-
-def _read_end(path: Path, size: int) -> bytes:
-    if not size:
-        return b""
-    fd = _open_for_reading(path)
-    try:
-        return os.pread(fd, BLOCK, max(size - BLOCK, 0))
-    finally:
-        os.close(fd)
-
-
-def _open_for_reading(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-
-
-def _make_directory(path: Path) -> None:
-    """path, 0750 whatever the umask if we make it; its parents as mkdir makes them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        path.mkdir()
-    except FileExistsError:
-        return
-    path.chmod(DIRECTORY_MODE)
-
-
-class _LogFile:
-    """One file, appended to. Its methods are called one at a time."""
-
-    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, executor: Callable[[], ThreadPoolExecutor]) -> None:
-        self.path = path
-        self.size = 0
-        self.last_ts = ""
-        self._loop = loop
-        self._executor = executor
-        self._file: Any = None
-        self._torn = False  # the file ends in the middle of a line
-
-    def open(self) -> None:
-        """Raises OSError."""
-        if self._file is None:
-            self._adopt(_open_log(self.path))
-
-    def _adopt(self, opened: _Opened) -> None:
-        self.size, self._torn, self.last_ts = opened.size, opened.torn, opened.last_ts
-        self._file = wrap(io.FileIO(opened.fd, "ab"), loop=self._loop, executor=self._executor())
-
-    async def append(self, data: bytes) -> tuple[int, OSError | None]:
-        """Writes data, which is whole lines. Says how much of it, again in whole lines, is in the file now, and what
-        stopped it. A line torn by an error is cut off the file, or, where that fails too, ended before the next."""
-        head = b"\n" if self._torn else b""
-        view = memoryview(head + data)
-        done = 0
-        try:
-            if self._file is None:
-                self._adopt(await self._loop.run_in_executor(self._executor(), _open_log, self.path))
-            while done < len(view):
-                done += await self._file.write(view[done:])
-        except OSError as error:
-            whole = (head + data).rfind(b"\n", 0, done) + 1
-            if whole:
-                self._torn = False
-            if done > whole:
-                self._torn = not await self._cut(done - whole)
-            self.size += done if self._torn else whole
-            return max(whole - len(head), 0), error
-        self._torn = False
-        self.size += done
-        return len(data), None
-
-    async def _cut(self, count: int) -> bool:
-        """Takes the last count bytes off the file."""
-        try:
-            end = await self._file.seek(0, os.SEEK_END)
-            if end < count:
-                return False  # somebody has emptied it meanwhile
-            await self._file.truncate(end - count)
-        except OSError:
-            return False
-        return True
-
-    async def close(self) -> None:
-        """A disk that fails now has failed before."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            with contextlib.suppress(OSError):
-                await file.close()
 
 
 class Follower:
@@ -297,7 +175,7 @@ class Follower:
         if self._chunks and self._size + len(records) > self._limit:
             self._cut += len(records)
             self.missed += len(records)
-            self._cut_ts = records[_TS].decode()
+            self._cut_ts = timestamp(records)
             return
         self._mark_cut()
         self._chunks.append(records)
@@ -388,7 +266,7 @@ class LogHub:
         pool = self._pools[name] = _Pool(name, None)
         if self._log_dir is None:
             return
-        pool.file = _LogFile(self._log_dir / f"{name}.jsonl", self._loop, self._writer)
+        pool.file = LogFile(self._log_dir / f"{name}.jsonl", self._loop, self._writer)
         pool.file.open()
         pool.last_ts = pool.file.last_ts
 
@@ -437,9 +315,9 @@ class LogHub:
             self._end(pipe, now)
         life._pool.lives.discard(life)
 
-    def append(self, log: str, record: bytes) -> None:
-        """Takes a ready-made record, newline included, into an open log. Raises KeyError."""
-        self._take(self._pools[log], _Chunk(None, 0, len(record), record))
+    def append(self, log: str, records: bytes) -> None:
+        """Takes ready-made records, whole lines that begin with their `ts`, into an open log. Raises KeyError."""
+        self._take(self._pools[log], _Chunk(None, 0, len(records), records))
 
     def dropped_bytes(self, log: str, worker_id: str | None = None) -> int:
         """How much of a pool's or a worker's output could not be written so far. Raises KeyError."""
@@ -581,32 +459,36 @@ class LogHub:
             file = pool.file
             if file is None:
                 return
-            batch = pool.take()
-            if batch:
-                data = b"".join([chunk.records for chunk in batch])
-                marks = pool.outage.marks(data[_TS].decode()) if pool.outage else b""
-                kept, error = await file.append(marks + data)
-                pool.last_ts = max(pool.last_ts, file.last_ts)  # of a file that could be opened only now
-                self.counters.writes += 1
-                self.counters.bytes_written += kept
-                self._settle(pool, len(marks), kept, error)
-            if pool.closing and not pool.waiting and self._pools.get(pool.name) is pool:
+            last = pool.closing and not pool.waiting
+            if pool.waiting or (last and pool.outage):
+                await self._write_batch(pool, file)
+            if last and pool.closing and not pool.waiting:
                 del self._pools[pool.name]
                 pool.file = None
                 await file.close()
 
-    def _settle(self, pool: _Pool, marks: int, kept: int, error: OSError | None) -> None:
-        """A write is over: kept bytes, of which the first marks are marks, are in the file."""
+    async def _write_batch(self, pool: _Pool, file: LogFile) -> None:
+        batch = pool.take()
+        data = b"".join([chunk.records for chunk in batch])
+        marks = pool.outage.marks(timestamp(data) if data else pool.last_ts) if pool.outage else b""
+        kept, error = await file.append(marks + data)
+        pool.last_ts = max(pool.last_ts, file.last_ts)  # of a file that could be opened only now
+        self.counters.writes += 1
+        self.counters.bytes_written += kept
+        if pool.outage:
+            pool.outage.forget(marks[:kept].count(b"\n"))
+        self._settle(pool, max(kept - len(marks), 0), error)
+
+    def _settle(self, pool: _Pool, kept: int, error: OSError | None) -> None:
+        """The write in flight is over, and its first kept bytes are in the file."""
         batch, pool.in_flight = pool.in_flight, []
         size = sum([len(chunk.records) for chunk in batch])
         pool.size -= size
         pool.settled += size
-        if pool.outage and kept >= marks:
-            pool.outage.missing.clear()
         if error is None:
             pool.outage = None
         else:
-            self._drop(pool, batch, max(kept - marks, 0), error.errno or errno.EIO)
+            self._drop(pool, batch, kept, error.errno or errno.EIO)
         if pool.blocked is not None and pool.size <= HIGH // 2:
             self._ready.update(pool.blocked)
             pool.blocked = None
@@ -682,14 +564,14 @@ class LogHub:
         pool = self._pools.get(log)
         if pool is None or pool.file is None:
             return []
-        recent = _pick_last(_unwritten(pool), n, workers)
+        recent = pick_last(_unwritten(pool), n, workers)
         if len(recent) == n:
             return recent
         if self._reading is None:
             self._reading = ThreadPoolExecutor(1, "nssup-log-reader")
         file = pool.file
         older = await self._loop.run_in_executor(
-            self._reading, _last_records, file.path, file.size, n - len(recent), workers, SCAN
+            self._reading, last_records, file.path, file.size, n - len(recent), workers, SCAN
         )
         return older + recent
 
@@ -699,8 +581,8 @@ class LogHub:
         if pool is None or pool.file is None:
             return []
         workers = (worker_id,)
-        recent = _pick_last(_unwritten(pool), n, workers)
-        return _last_records(pool.file.path, pool.file.size, n - len(recent), workers, LAST) + recent
+        recent = pick_last(_unwritten(pool), n, workers)
+        return last_records(pool.file.path, pool.file.size, n - len(recent), workers, LAST) + recent
 
 
 def _bytes_in(fd: int) -> int:
@@ -719,60 +601,8 @@ def _start(chunk: _Chunk, kept: int) -> int:
     return _decode_offset(chunk.records[kept : chunk.records.index(b"\n", kept)]).offset
 
 
-def _is_record(line: bytes) -> bool:
-    return line.startswith(_START) and line.endswith(b"}")
-
-
-def _belongs(line: bytes, workers: Container[str] | None) -> bool:
-    if workers is None:
-        return True
-    start = line.find(b'"', _WORKER + len(b',"worker":'))
-    return line[start + 1 : line.find(b'"', start + 1)].decode(errors="replace") in workers
-
-
 def _unwritten(pool: _Pool) -> Iterator[bytes]:
     """The records that are not in the file yet, the last first."""
     for chunks in (pool.waiting, pool.in_flight):
         for chunk in reversed(chunks):
             yield from reversed(chunk.records.split(b"\n")[:-1])
-
-
-def _pick_last(lines: Iterable[bytes], n: int, workers: Container[str] | None) -> list[bytes]:
-    """Of lines, which come last first, the n last that are records of these workers, in the right order."""
-    found: list[bytes] = []
-    for line in lines:
-        if len(found) >= n:
-            break
-        if _is_record(line) and _belongs(line, workers):
-            found.append(line + b"\n")
-    found.reverse()
-    return found
-
-
-def _last_records(path: Path, size: int, n: int, workers: Container[str] | None, limit: int) -> list[bytes]:
-    """The last n records within the first size bytes of a file, of which the last limit are looked at; [] where it
-    cannot be read."""
-    try:
-        fd = _open_for_reading(path)
-    except OSError:
-        return []
-    try:
-        return _pick_last(_lines_from_end(fd, min(size, os.fstat(fd).st_size), limit), n, workers)
-    except OSError:
-        return []
-    finally:
-        os.close(fd)
-
-
-def _lines_from_end(fd: int, end: int, limit: int) -> Iterator[bytes]:
-    rest = b""
-    floor = max(end - limit, 0)
-    while end > floor:
-        start = max(end - BLOCK, floor)
-        rest, *lines = (os.pread(fd, end - start, start) + rest).split(b"\n")
-        yield from reversed(lines)
-        if len(rest) > LONGEST:
-            rest = b""
-        end = start
-    if not floor:
-        yield rest

@@ -22,7 +22,7 @@ ROWS = [
     "spec events record wire keys document envfile",
     "machine restart deps rollout schedule adopt lines config diff render selection plan openapi",
     "workers",
-    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs http snapshot",
+    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs http snapshot logfile journal",
     "loop sim",
     "executor run foreground",
     "ctl client",
@@ -31,7 +31,15 @@ ROWS = [
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 LAST_PURE_ROW = ROW["workers"]
 # The few that may look sideways, importer first; one direction only.
-WITHIN_ROW = {("machine", "restart"), ("__main__", "fast"), ("__main__", "cli"), ("cli", "fast"), ("cli", "up")}
+WITHIN_ROW = {
+    ("machine", "restart"),
+    ("__main__", "fast"),
+    ("__main__", "cli"),
+    ("cli", "fast"),
+    ("cli", "up"),
+    ("logs", "logfile"),
+    ("journal", "snapshot"),
+}
 
 # `signal` is not here: the pure rows need the names of signals.
 IMPURE = frozenset(
