@@ -179,7 +179,7 @@ def peer_of(sock: socket.socket) -> Peer:
 class Connection(asyncio.Protocol):
     """One client: one request at a time, in order."""
 
-    def __init__(self, server: "ControlServer") -> None:
+    def __init__(self, server: "Server") -> None:
         self._server = server
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=server.limits.head_bytes)
         self._transport: asyncio.Transport
@@ -434,8 +434,8 @@ def _whole(head: h11.Request, body: bytes, peer: Peer) -> Request:
 # --- the server ----------------------------------------------------------------------------------------------------
 
 
-class ControlServer:
-    """The control socket: `async with ControlServer(path, app, lock_held=True): ...`
+class Server:
+    """HTTP on a Unix socket: `async with Server(path, app, lock_held=True): ...`
 
     Entering makes the socket file and listens; leaving lets the replies under way end (app.close() ends what they wait
     for, limits.grace bounds it), closes every connection and removes the socket file if it is still the same one.
@@ -455,12 +455,18 @@ class ControlServer:
         self._emptied: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
-        listener = listen(self.path, lock_held=self._lock_held)
+        """Raises ControlError when the socket is not to be had."""
+        try:
+            listener = listen(self.path, lock_held=self._lock_held)
+        except ControlError:
+            self.app.close()
+            raise
         self._identity = _identity(self.path)
         try:
             self._server = await _serve(lambda: Connection(self), listener)
         except BaseException:
             listener.close()
+            self.app.close()
             _remove_if_same(self.path, self._identity)
             raise
         await self.tasks.__aenter__()

@@ -3,8 +3,8 @@
 Takes the documents of the API (interface.md) and gives text; the client of a hot verb only copies it out.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 COLUMNS = ("NAME", "STATE", "READY", "HOST-PID", "NS-PID", "UPTIME", "RESTARTS", "CPU", "MEM", "LAST-EXIT")
 _NUMBERS = frozenset({"HOST-PID", "NS-PID", "UPTIME", "RESTARTS", "CPU", "MEM"})  # to the right
@@ -299,3 +299,32 @@ def _complaint(verb: str, r: Result) -> str:
 def _joined(lines: Iterable[str]) -> str:
     text = "\n".join(lines)
     return text + "\n" if text else ""
+
+
+# --- streams -------------------------------------------------------------------------------------------------------
+
+_HUES = ("\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m", "\x1b[34m", "\x1b[31m")
+
+
+def event(document: Mapping[str, Any]) -> str:
+    """One event in a line: `TS event worker from -> to (reason)`; a snapshot as the number of its workers."""
+    if document["event"] == "snapshot":
+        workers = document["status"]["workers"]
+        return f"{document['epoch']}:{document['seq']} snapshot of {len(workers)} workers"
+    words = [document.get("ts", NONE), document["event"]]
+    words += [str(document[key]) for key in ("worker", "pool") if key in document]
+    if "to" in document:
+        words.append(f"{document['from']} -> {document['to']}")
+    words += [f"host PID {document['host_pid']}"] if "host_pid" in document else []
+    words += [f"({document['reason']})"] if "reason" in document else []
+    if not {"to", "reason"} & document.keys():
+        words += [f"{key}={value}" for key, value in document.get("detail", {}).items()]
+    return visible(" ".join(words))
+
+
+def record(ts: str, worker: str | None, stream: str, text: str, *, color: bool) -> str:
+    """One log record in a line: `TS worker stream | text`."""
+    name = worker or NONE
+    if color:
+        name = f"{_HUES[sum(name.encode()) % len(_HUES)]}{name}{_RESET}"
+    return f"{ts} {name} {stream} | {text}"

@@ -130,7 +130,7 @@ class Client:
             await self.writer.wait_closed()
 
 
-class Server(http.ControlServer):
+class Server(http.Server):
     """Says which connections came and went."""
 
     def __init__(self, path: str, app: App, limits: http.Limits) -> None:
@@ -424,7 +424,7 @@ async def test_closing_ends_waits_and_streams_and_cuts_off_the_rest(tmp_path: Pa
 
 async def test_an_exception_goes_through_the_server_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"):
-        async with http.ControlServer(str(tmp_path / "s.sock"), App()):
+        async with http.Server(str(tmp_path / "s.sock"), App()):
             raise ValueError("mine")
     assert not (tmp_path / "s.sock").exists()
 
@@ -491,7 +491,7 @@ def test_no_directory_to_be_had_is_said(tmp_path: Path) -> None:
 
 async def test_a_socket_that_somebody_else_made_is_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
-    async with http.ControlServer(str(path), App()):
+    async with http.Server(str(path), App()):
         path.unlink()
         path.write_text("theirs")
     assert path.read_text() == "theirs"

@@ -1,0 +1,414 @@
+"""The whole command line: what `fast` does not match by hand, help, and mistakes.
+
+Nothing heavy is imported before it is known to be needed; `run` is parsed by hand as well: its users feel its start.
+"""
+
+from nssup import client, fast
+from nssup.client import OK, USAGE, Options
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from nssup.foreground import Options as RunOptions
+
+COMMANDS = {
+    "up": "supervise in the foreground what a config file says",
+    "ctl": "steer a running supervisor",
+    "run": "run one command in fresh namespaces",
+    "check": "validate a config file without starting anything",
+    "version": "print the version",
+}
+# The verbs of ctl; those that the API has, with the API's own words (a test keeps that).
+VERBS = {
+    "status": "pools and workers, and how they are",
+    "events": "what happens",
+    "logs": "what workers write",
+    "pid": "host PIDs, or namespace PIDs, of workers",
+    "which": "the worker whose tree holds a host PID",
+    "ping": "whether the supervisor answers",
+    "start": "start workers",
+    "stop": "stop workers by their stop sequence",
+    "restart": "stop workers and start them again",
+    "kill": "send a signal to workers",
+    "scale": "have another number of workers",
+    "wait": "wait until workers are as wanted",
+    "shutdown": "stop everything and end the supervisor",
+}
+SELECTORS = "web (a pool), web/3 (a worker), globs as 'web/*', host:5151 (by host PID)"
+EXIT_CODES = """exit codes: 0 ok, 1 failed, 2 usage, 3 status: something selected is not running, 4 no such pool or
+worker, 69 no supervisor at the socket, 77 not permitted, 78 bad config, 124 timed out; run: the command's own, 128+n for
+signals, 125 nssup failed, 126 not executable, 127 not found"""
+
+
+def main(argv: list[str]) -> int:
+    """The exit code of `nssup ARGV...`."""
+    if argv and argv[0] == "run":
+        options = parse_run(argv[1:])
+        if options is not None:
+            return _run(options)
+    if len(argv) > 1 and argv[0] == "ctl" and not argv[1].startswith("-") and argv[1] not in VERBS:
+        return _unknown("verb", argv[1], VERBS)
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        return _unknown("command", argv[0], COMMANDS)
+    try:
+        arguments = _parser().parse_args(_split_signals(argv))
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else USAGE
+    action: Callable[[Namespace], int] = arguments.action
+    return client.guarded(lambda: action(arguments))
+
+
+def _unknown(what: str, word: str, known: "dict[str, str]") -> int:
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+    client.complain(f"unknown {what} {word!r} ({hint})")
+    return USAGE
+
+
+def _split_signals(argv: list[str]) -> list[str]:
+    """`kill -9` as `kill -s 9`, which argparse understands."""
+    if argv[:2] != ["ctl", "kill"]:
+        return argv
+    return [part for word in argv for part in (["-s", word[1:]] if fast.is_signal_option(word) else [word])]
+
+
+# --- the parsers ---------------------------------------------------------------------------------------------------
+
+
+def _parser() -> "ArgumentParser":
+    import argparse
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="nssup",
+        description="An asyncio process supervisor: every worker in namespaces of its own.",
+        epilog=EXIT_CODES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=_version_text())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, action: "Callable[[Namespace], int]") -> "ArgumentParser":
+        sub = commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False)
+        sub.set_defaults(action=action)
+        return sub
+
+    up = command("up", _up)
+    up.add_argument("-c", "--config", metavar="FILE", help="default: ./nssup.toml, the user's, /etc/nssup/nssup.toml")
+    up.add_argument("--for", dest="for_seconds", type=_seconds, metavar="SECONDS", help="end by itself after so long")
+    check = command("check", _check)
+    check.add_argument("file", nargs="?", metavar="FILE", help="default: as for up")
+    command("version", _version)
+    _add_run(command("run", _run_parsed))
+    ctl = command("ctl", lambda arguments: OK)
+    ctl.epilog, ctl.formatter_class = f"SEL: {SELECTORS}\n\n{EXIT_CODES}", raw
+    verbs = ctl.add_subparsers(metavar="VERB", required=True)
+    for verb, summary in VERBS.items():
+        sub = verbs.add_parser(
+            verb, help=summary, description=summary, allow_abbrev=False, argument_default=_suppress()
+        )
+        sub.set_defaults(action=_ctl, verb=verb)
+        _add_verb(sub, verb)
+    return parser
+
+
+def _suppress() -> str:
+    from argparse import SUPPRESS
+
+    return SUPPRESS
+
+
+def _add_verb(sub: "ArgumentParser", verb: str) -> None:
+    sub.add_argument("--socket", metavar="PATH", help="default: $NSSUP_SOCKET, or this user's")
+    sub.add_argument("--json", action="store_true", help="what the supervisor answers, as it is")
+    sub.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    _add_selectors(sub, verb)
+    if verb in ("start", "stop", "restart", "scale", "kill"):
+        sub.add_argument("--all", action="store_true", help="all there are")
+    if verb in ("start", "stop", "restart", "scale", "shutdown"):
+        sub.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait for the result")
+    if verb in ("start", "stop", "restart", "scale", "shutdown", "wait"):
+        sub.add_argument("--timeout", type=_seconds, metavar="S", help="wait at most so long (exit 124)")
+    for names, options in _OWN.get(verb, []):
+        sub.add_argument(*names, **options)
+
+
+# The options that only one verb has.
+_OWN: "dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]]" = {
+    "status": [
+        (("-a", "--all"), {"dest": "unfold", "action": "store_true", "help": "a line for each worker"}),
+        (("--stats",), {"action": "store_true", "help": "CPU and memory also of many workers"}),
+    ],
+    "pid": [(("--ns",), {"action": "store_true", "help": "the PID in the worker's own namespace"})],
+    "kill": [
+        (("-s", "--signal"), {"metavar": "SIG", "help": "name or number (TERM); -9 and -HUP too"}),
+        (("--tree",), {"action": "store_true", "help": "to every process of the worker"}),
+    ],
+    "wait": [(("--for",), {"dest": "goal", "choices": fast.GOALS, "help": "default: ready"})],
+    "events": [
+        (("-f", "--follow"), {"action": "store_true", "help": "go on with what happens"}),
+        (("-n",), {"dest": "n", "metavar": "N", "help": "the last N (1000; with -f 10)"}),
+    ],
+    "logs": [
+        (("-f", "--follow"), {"action": "store_true", "help": "go on with what is written"}),
+        (("-n",), {"dest": "n", "metavar": "N", "help": "the last N records (100; with -f 10)"}),
+        (("--raw",), {"action": "store_true", "help": "only what was written, byte for byte"}),
+    ],
+}
+
+
+def _add_selectors(sub: "ArgumentParser", verb: str) -> None:
+    if verb == "which":
+        sub.add_argument("selectors", nargs=1, metavar="HOST_PID")
+    elif verb == "scale":
+        sub.add_argument("selectors", nargs="*", metavar="POOL")
+        sub.add_argument("n", metavar="N", help="N, +N or -N")
+    elif verb == "pid":
+        sub.add_argument("selectors", nargs="+", metavar="SEL", help=SELECTORS)
+    elif verb not in ("ping", "shutdown"):
+        sub.add_argument("selectors", nargs="*", metavar="SEL", help=SELECTORS)
+
+
+def _seconds(text: str) -> float:
+    seconds = fast.duration(text)
+    if seconds is None:
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{text!r} is no time: write seconds, or 500ms, 10s, 5m, 1h")
+    return seconds
+
+
+# --- up, check, version --------------------------------------------------------------------------------------------
+
+
+def _version_text() -> str:
+    from nssup import __version__
+
+    return f"nssup {__version__}"
+
+
+def _version(arguments: "Namespace") -> int:
+    client.write(1, f"{_version_text()}\n".encode())
+    return OK
+
+
+def _say(lines: "Sequence[str]", fd: int) -> None:
+    client.write(fd, "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+
+
+def _check(arguments: "Namespace") -> int:
+    from nssup import facts
+    from nssup.errors import SpecError
+
+    try:
+        lines, code = facts.check(facts.find(arguments.file))
+    except SpecError as e:
+        lines, code = [str(problem) for problem in e.problems], e.exit_code
+    _say(lines, 1 if code == OK else 2)
+    return code
+
+
+def _up(arguments: "Namespace") -> int:
+    from nssup import config, facts, up
+    from nssup.errors import NssupError, SpecError
+
+    try:
+        found = facts.load(facts.find(arguments.config))
+        _say(config.warning_lines(found), 2)
+        return up.serve(found, arguments.for_seconds)
+    except SpecError as e:
+        _say([str(problem) for problem in e.problems], 2)
+        return e.exit_code
+    except NssupError as e:
+        client.complain(str(e))
+        return e.exit_code
+
+
+# --- run -----------------------------------------------------------------------------------------------------------
+
+_RUN_SWITCHES = {
+    "-t": ("tty", True),
+    "--tty": ("tty", True),
+    "--no-tty": ("tty", False),
+    "-i": ("", None),  # docker's habit; stdin is passed through anyway
+    "-it": ("tty", True),
+    "-ti": ("tty", True),
+    "--init": ("init", True),
+    "--no-init": ("init", False),
+    "--proc": ("proc", True),
+    "--no-proc": ("proc", False),
+    "-v": ("verbose", True),
+    "--verbose": ("verbose", True),
+}
+_RUN_VALUES = {
+    "-e": "env",
+    "--env": "env",
+    "-w": "workdir",
+    "--workdir": "workdir",
+    "--ns": "namespaces",
+    "--hostname": "hostname",
+    "--user": "user",
+    "-u": "user",
+    "--timeout": "timeout",
+}
+
+
+def parse_run(argv: list[str]) -> "RunOptions | None":
+    """The options of `run ARGV...`, or None when argparse should see them: help, or a mistake."""
+    found: dict[str, object] = {}
+    env: list[str] = []
+    rest = list(reversed(argv))
+    while rest:
+        word = rest.pop()
+        name, equals, value = word.partition("=")
+        if word == "--" or not word.startswith("-"):
+            rest += [word] if word != "--" else []
+            break
+        if word in _RUN_SWITCHES:
+            found.update([_RUN_SWITCHES[word]])
+        elif name in _RUN_VALUES and (equals or (word == name and rest)):
+            _take_value(found, env, _RUN_VALUES[name], value if equals else rest.pop())
+        else:
+            return None
+    found.pop("", None)
+    if not rest or found.get("timeout", 0) is None:
+        return None
+    from nssup.foreground import Options as RunOptions
+
+    return RunOptions(command=tuple(reversed(rest)), env=tuple(env), **found)  # type: ignore[arg-type]
+
+
+def _take_value(found: dict[str, object], env: list[str], name: str, value: str) -> None:
+    if name == "env":
+        env.append(value)
+    elif name == "namespaces":
+        found[name] = tuple(part.strip() for part in value.split(",") if part.strip())
+    elif name == "timeout":
+        found[name] = fast.duration(value)
+    else:
+        found[name] = value
+
+
+def _run(options: "RunOptions") -> int:
+    from nssup import foreground
+
+    return foreground.run(options)
+
+
+def _add_run(run: "ArgumentParser") -> None:
+    """For help and mistakes; what is right never comes here but in odd spellings."""
+    run.usage = "nssup run [OPTIONS] -- CMD..."
+    run.add_argument("-t", "--tty", action="store_true", default=None, help="a pty (by itself on a terminal)")
+    run.add_argument("--no-tty", dest="tty", action="store_false", default=None, help="no pty")
+    run.add_argument("-i", action="store_true", help="no effect: stdin is passed through anyway")
+    run.add_argument("-e", "--env", action="append", default=[], metavar="K=V", help="set a variable")
+    run.add_argument("-w", "--workdir", metavar="DIR", help="where to start")
+    run.add_argument("--ns", dest="namespaces", metavar="LIST", help="pid,mount,uts,ipc and net,user,cgroup,time")
+    run.add_argument("--hostname", metavar="NAME", help="in the namespace")
+    run.add_argument("-u", "--user", metavar="USER[:GROUP]", help="run as")
+    for name, what in (("init", "nssup's own PID 1 above the command"), ("proc", "a private /proc")):
+        run.add_argument(f"--{name}", action="store_true", default=None, help=what)
+        run.add_argument(f"--no-{name}", dest=name, action="store_false", default=None, help=f"without {what}")
+    run.add_argument("--timeout", type=_seconds, metavar="S", help="kill it all after so long (exit 124)")
+    run.add_argument("-v", "--verbose", action="store_true", help="its PIDs to stderr")
+    run.add_argument("command", nargs="...", metavar="CMD", help="what to run, and its arguments")
+
+
+def _run_parsed(arguments: "Namespace") -> int:
+    from nssup.foreground import Options as RunOptions
+
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        client.complain("run: what? nssup run [OPTIONS] -- CMD...")
+        return USAGE
+    given = vars(arguments)
+    names = ("tty", "workdir", "hostname", "user", "init", "proc", "timeout", "verbose")
+    found: dict[str, object] = {name: given[name] for name in names if given[name] is not None}
+    if arguments.namespaces is not None:
+        _take_value(found, [], "namespaces", arguments.namespaces)
+    return _run(RunOptions(command=tuple(command), env=tuple(arguments.env), **found))  # type: ignore[arg-type]
+
+
+# --- ctl -----------------------------------------------------------------------------------------------------------
+
+
+def _ctl(arguments: "Namespace") -> int:
+    """What fast would have done with the same words better put; or a stream."""
+    o = Options()
+    for name, value in vars(arguments).items():
+        setattr(o, name, value)
+    if arguments.verb in ("logs", "events"):
+        return _stream(arguments.verb, o, getattr(arguments, "follow", False), getattr(arguments, "raw", False))
+    return client.perform(arguments.verb, o)
+
+
+def _stream(verb: str, o: Options, follow: bool, raw: bool) -> int:
+    """Copies or renders the lines of a stream until it ends."""
+    n = o.n or {"logs": "100", "events": "1000"}[verb] if not follow else o.n or "10"
+    pairs = [("select", each) for each in o.selectors] + [("follow", "1" if follow else "0"), ("n", n)]
+    path = o.socket or client.default_socket()
+    accept = "application/json" if o.json else "text/plain"
+    data = client.request("GET", f"/v1/{verb}{client.query(pairs)}", None, accept)
+    sock, answer = client.ask(path, data, client.PATIENCE)
+    try:
+        if answer.status >= 400:
+            client.write(1 if o.json else 2, answer.body())
+            return answer.exit_code()
+        sock.settimeout(None)
+        show = _shower(verb, o.json, raw)
+        for chunk in answer.chunks():
+            client.write(1, show(chunk))
+    finally:
+        sock.close()
+    return OK
+
+
+def _shower(verb: str, json: bool, raw: bool) -> "Callable[[bytes], bytes]":
+    """Makes of a batch of lines what is to be written."""
+    if json:
+        return lambda chunk: chunk
+    one = _event_text if verb == "events" else _record_bytes if raw else _record_text()
+    return lambda chunk: b"".join([one(line) for line in chunk.splitlines() if line])
+
+
+def _event_text(line: bytes) -> bytes:
+    import msgspec
+
+    from nssup import render
+
+    return render.event(msgspec.json.decode(line)).encode() + b"\n"
+
+
+def _record_bytes(line: bytes) -> bytes:
+    """What the worker wrote, byte for byte; nothing of what nssup noted in the log."""
+    import msgspec
+
+    from nssup.lines import Record, content
+
+    record = msgspec.json.decode(line, type=Record)
+    return b"" if record.stream == "nssup" else content(record)
+
+
+def _record_text() -> "Callable[[bytes], bytes]":
+    import msgspec
+
+    from nssup import render
+    from nssup.lines import Record
+
+    decode = msgspec.json.Decoder(Record).decode
+    terminal = client.is_terminal(1)
+    color = terminal and client.may_color()
+
+    def one(line: bytes) -> bytes:
+        r = decode(line)
+        text = bytes(r.data).decode() if r.msg is None else r.msg
+        text = render.visible(text) if terminal else text
+        return render.record(r.ts, r.worker, r.stream, text, color=color).encode() + b"\n"
+
+    return one
