@@ -18,6 +18,7 @@ RLIMITS = (
     "sigpending", "stack",
 )  # fmt: skip
 POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,47}")
+OWN_LOG = "nssup"  # LOG_DIR/nssup.jsonl
 SIGTERM = 15
 SIGKILL = 9
 
@@ -154,6 +155,8 @@ def problems(spec: PoolSpec) -> list[tuple[str, str]]:
     found = []
     if not POOL_NAME.fullmatch(spec.name):
         found.append(("name", f"{spec.name!r} is no pool name: use [a-z0-9][a-z0-9_-]{{0,47}}"))
+    if spec.name == OWN_LOG:
+        found.append(("name", f"{OWN_LOG} is the name of the supervisor's own log: choose another"))
     if not spec.command or not spec.command[0]:
         found.append(("command", "is empty: name the program to run"))
     if spec.workers < 0:
