@@ -10,12 +10,16 @@ import errno
 import io
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aiofiles.threadpool import wrap
+
+from nssup.errors import errno_name
+from nssup.lines import mark
 
 BLOCK = 64 * 1024  # bytes of a file looked at at once, from its end
 LONGEST = 256 * 1024  # bytes of a record: more is none of ours
@@ -150,6 +154,28 @@ class LogFile:
             file, self._file = self._file, None
             with contextlib.suppress(OSError):
                 await file.close()
+
+
+class Outage:
+    """A file cannot be written, since the error with this number. missing: bytes of output lost since, per worker and
+    generation, as far as the log does not say so yet."""
+
+    def __init__(self, number: int) -> None:
+        self.errno = number
+        self.missing: Counter[tuple[str | None, int | None]] = Counter()
+
+    def marks(self, ts: str) -> bytes:
+        """Records that say what is missing."""
+        why = errno_name(self.errno)
+        return b"".join(
+            mark(ts, worker_id, generation, f"{lost} bytes of log dropped: {why}")
+            for (worker_id, generation), lost in self.missing.items()
+        )
+
+    def forget(self, count: int) -> None:
+        """The first count marks are in the log."""
+        for life in list(self.missing)[:count]:
+            del self.missing[life]
 
 
 def is_record(line: bytes) -> bool:

@@ -26,9 +26,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from nssup.errors import errno_name
 from nssup.lines import Framer, mark, stamp
-from nssup.logfile import LogFile, last_records, pick_last, timestamp
+from nssup.logfile import LogFile, Outage, last_records, pick_last, timestamp
 
 READ = 64 * 1024  # bytes per read, and so per pipe and pass: a pipe of the usual size, and what O_DIRECT packets need
 REST = 0.010  # seconds between two passes, as a rule
@@ -97,26 +96,6 @@ class Streams:
         self.ns_pid = ns_pid
 
 
-class _Outage:
-    """A file cannot be written. missing: bytes lost since, per worker and generation."""
-
-    def __init__(self, number: int) -> None:
-        self.errno = number
-        self.missing: Counter[tuple[str | None, int | None]] = Counter()
-
-    def marks(self, ts: str) -> bytes:
-        why = errno_name(self.errno)
-        return b"".join(
-            mark(ts, worker_id, generation, f"{lost} bytes of log dropped: {why}")
-            for (worker_id, generation), lost in self.missing.items()
-        )
-
-    def forget(self, count: int) -> None:
-        """The first count marks are in the log."""
-        for life in list(self.missing)[:count]:
-            del self.missing[life]
-
-
 class _Pool:
     """One log: of a pool of workers, or of nssup itself."""
 
@@ -132,7 +111,7 @@ class _Pool:
         self.last_ts = ""
         self.lives: set[Streams] = set()
         self.blocked: dict[_Pipe, None] | None = None  # pipes left alone because too much waits
-        self.outage: _Outage | None = None
+        self.outage: Outage | None = None
         self.dropped: Counter[str] = Counter()
         self.dirty = False
         self.closing = False
@@ -319,6 +298,15 @@ class LogHub:
         """Takes ready-made records, whole lines that begin with their `ts`, into an open log. Raises KeyError."""
         self._take(self._pools[log], _Chunk(None, 0, len(records), records))
 
+    @property
+    def has_files(self) -> bool:
+        """Whether logs are written, and can be read back."""
+        return self._log_dir is not None
+
+    def last_ts(self, log: str) -> str:
+        """The `ts` that no later record of an open log may be before; empty if there is none. Raises KeyError."""
+        return self._pools[log].last_ts
+
     def dropped_bytes(self, log: str, worker_id: str | None = None) -> int:
         """How much of a pool's or a worker's output could not be written so far. Raises KeyError."""
         dropped = self._pools[log].dropped
@@ -497,7 +485,7 @@ class LogHub:
     def _drop(self, pool: _Pool, batch: list[_Chunk], kept: int, number: int) -> None:
         """Counts what of batch is not among its first kept bytes."""
         first = pool.outage is None
-        outage = pool.outage = pool.outage or _Outage(number)
+        outage = pool.outage = pool.outage or Outage(number)
         dropped = 0
         for chunk in batch:
             if kept < len(chunk.records):

@@ -38,6 +38,7 @@ WITHIN_ROW = {
     ("cli", "fast"),
     ("cli", "up"),
     ("logs", "logfile"),
+    ("journal", "logs"),
     ("journal", "snapshot"),
 }
 
