@@ -203,7 +203,7 @@ def _running(w: Worker, event: Running, here: Here) -> Step:
 
 def _setup_failed(w: Worker, event: SetupFailed, here: Here) -> Step:
     """Only remembered: the life is over when it is empty."""
-    return replace(w, exit=w.exit or Exit(reason=event.reason), host_pid=None, ns_pid=None), NOTHING
+    return replace(w, exit=Exit(reason=event.reason), host_pid=None, ns_pid=None), NOTHING
 
 
 def _launch_failed(w: Worker, event: LaunchFailed, here: Here) -> Step:
@@ -403,11 +403,11 @@ def _wait_over(w: Worker, event: Tick, here: Here) -> Step:
 
 def _signal(w: Worker, event: Kill, here: Here) -> Step:
     """What an operator asked for, as far as there is somebody to get it. No stop: the policy decides what follows."""
-    if event.tree and w.alive and w.init_host_pid is not None:
+    if event.tree and w.init_host_pid is not None:
         if event.signo != SIGKILL:
             return w, (SignalTree(w.generation, event.signo),)
         return _kill(replace(w, stop_step=None))
-    if not event.tree and w.alive and w.host_pid is not None:
+    if not event.tree and w.host_pid is not None:
         return w, (SignalMain(w.generation, event.signo),)
     return w, NOTHING
 

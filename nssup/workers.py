@@ -167,8 +167,7 @@ class WorkerSet:
         surplus = sorted((index for index in ids if index >= wanted), reverse=True)
         actions: Actions = []
         for worker_id in [ids[index] for index in surplus]:
-            if not self.workers[worker_id].removing:
-                actions += self._step(worker_id, Remove(), now)
+            actions += self._step(worker_id, Remove(), now)
         return actions
 
     def _grow(self, name: str, now: float) -> Actions:

@@ -330,6 +330,12 @@ def test_an_empty_namespace_without_an_exit_is_an_end_all_the_same() -> None:
     assert (story.did, story.worker.last_exit) == ((Launch(2),), Exit(reason="init-killed"))
 
 
+def test_how_long_a_life_ran_is_not_remembered_for_the_next() -> None:
+    story = running(uptime=100.0).told(Exited, CODE_3).told(Empty)
+    assert story.did == (Launch(2),)
+    assert story.up().told(Gone).state is State.BACKOFF
+
+
 def test_a_second_exit_of_one_life_is_not_believed() -> None:
     story = running().told(Exited, CODE_3).told(Exited, CODE_0).told(Empty)
     assert story.worker.last_exit == CODE_3
@@ -363,10 +369,16 @@ def test_the_stop_sequence_goes_step_by_step_to_the_kill() -> None:
 def test_a_stop_obeyed_is_no_timeout_and_no_failure() -> None:
     end = Exit(reason="signal:SIGTERM", signal=15)
     story = running(web(stop=LADDER)).tell(Stop()).later(2.0).told(Exited, end)
-    assert (story.state, story.worker.deadline) == (State.STOPPING, None)
+    assert (story.state, story.worker.deadline, story.worker.reason) == (State.STOPPING, None, "operator")
     assert story.told(Empty).state is State.STOPPING
     assert story.told(Gone).state is State.STOPPED
     assert (story.worker.last_exit, story.did) == (end, ())
+
+
+def test_a_later_step_obeyed_is_no_timeout() -> None:
+    end = Exit(reason="signal:SIGINT", signal=2)
+    story = running(web(stop=LADDER)).tell(Stop()).later(10.0).tell(Tick()).told(Exited, end, True).told(Gone)
+    assert story.worker.last_exit == end
 
 
 def test_an_exit_heard_after_the_kill_of_a_life_that_outlasted_its_stop_is_marked() -> None:

@@ -83,7 +83,7 @@ FINAL = {State.STOPPED, State.FAILED, State.DONE}
 class Life:
     """One life as the kernel knows it. stage: 0 asked for, 1 init there, 2 the process there, 3 the program runs.
 
-    failed: its set-up failed. ended: its program ended. over: its namespace is empty.
+    failed: its set-up failed. ended: its program ended. killed: its tree was. over: its namespace is empty.
     """
 
     def __init__(self, generation: int) -> None:
@@ -91,6 +91,7 @@ class Life:
         self.stage = 0
         self.failed = False
         self.ended = False
+        self.killed = False
         self.over = False
 
 
@@ -152,6 +153,7 @@ class Core(RuleBasedStateMachine):
         assert life.generation == action.generation
         assert not life.over, "a signal to a life that is over"
         assert life.stage > 0, "a signal to what is not launched"
+        life.killed |= isinstance(action, KillTree)
         if isinstance(action, SignalMain):
             assert life.stage > 1, "a signal to a program that is not there"
             assert not life.ended, "a signal to a program that has ended"
@@ -332,6 +334,7 @@ class Core(RuleBasedStateMachine):
             assert set(worker.lingering) == {life.generation for life in lives if life.over}
             assert worker.generation == self.newest.get(worker_id, worker.generation)
             assert worker.want_up == self.wanted[worker_id]
+            assert not worker.alive or worker.killed == lives[-1].killed
 
     @invariant()
     def a_final_state_is_a_proof(self) -> None:
@@ -393,7 +396,7 @@ class Core(RuleBasedStateMachine):
             self.launched(0, 1)
         for worker_id, lives in list(self.lives.items()):
             for life in list(lives):
-                if life.over or life.ended or life.failed or self.set.workers[worker_id].killed:
+                if life.over or life.ended or life.failed or life.killed:
                     lives.remove(life)
                     life.over = True
                     self.feed(worker_id, Gone(life.generation))

@@ -136,6 +136,7 @@ def test_one_seed_gives_one_trace() -> None:
     assert ten_minutes("a", 200).trace() != ten_minutes("b", 200).trace()
 
 
+@pytest.mark.slow
 def test_ten_thousand_workers_for_ten_minutes(capsys: pytest.CaptureFixture[str]) -> None:
     sim = ten_minutes("fleet", 10_000)
     again = ten_minutes("fleet", 10_000)

@@ -331,6 +331,15 @@ def test_a_stop_and_its_escalation_are_told() -> None:
     assert stopped.exit == killed == workers.workers["web/0"].last_exit
 
 
+def test_a_restart_is_told_as_a_stop_and_a_launch() -> None:
+    workers = Set(web(1)).up()
+    before = len(workers.told)
+    workers.feed("web/0", Restart(), 1.0)
+    workers.gone("web/0", 1.0)
+    assert workers.words()[before:] == ["stop_begun", "launched"]
+    assert [event.reason for event in workers.told[before:]] == ["operator", None]
+
+
 @pytest.mark.parametrize("event", [Kill(1), Kill(1, tree=True), Kill(9, tree=True)])
 def test_an_operators_signal_is_told(event: Kill) -> None:
     workers = Set(web(1)).up()
