@@ -8,6 +8,7 @@ import asyncio
 import collections
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from nssup.events import (
     Exited,
     Gone,
     Input,
+    Kill,
     Launched,
     LaunchFailed,
     Running,
@@ -157,7 +159,8 @@ class Supervisor:
     def kill_all(self) -> None:
         """SIGKILL to every life there is; their ends are handled as ever."""
         for life in list(self._lives.values()):
-            life.process.kill()
+            if not life.over and life.worker_id in self.workers.workers:
+                self.feed(life.worker_id, Kill(signal.SIGKILL, tree=True))
 
     async def _wait_rest(self) -> None:
         if self._resting():

@@ -18,6 +18,7 @@ Published, one Event per change of state, plus facts (`from` and `to` are None):
 | `removed` | fact: the worker was scaled away and is forgotten |
 | `pool_added` `scaled` `pool_removed` | facts about a pool |
 | `log_failed` | fact: a pool's log file took no more, and output was dropped (`note`d by whoever writes it) |
+| `reload_refused` | fact: SIGHUP came, and this version cannot apply a changed config |
 
 `exit` is how the last life ended, where the change is about that. A relaunch at once has no event of its own for the
 end before it: `relaunched` then carries `exit`, and the ended life's numbers in `detail.ended`.
@@ -55,6 +56,7 @@ EVENTS = frozenset(EVENT_OF.values()) | {
     "scaled",
     "pool_removed",
     "log_failed",
+    "reload_refused",
 }
 
 # A life's end is told with the change that it caused.
