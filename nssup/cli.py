@@ -39,8 +39,8 @@ VERBS = {
 }
 SELECTORS = "web (a pool), web/3 (a worker), globs as 'web/*', host:5151 (by host PID)"
 EXIT_CODES = """exit codes: 0 ok, 1 failed, 2 usage, 3 status: something selected is not running, 4 no such pool or
-worker, 69 no supervisor at the socket, 77 not permitted, 78 bad config, 124 timed out; run: the command's own, 128+n for
-signals, 125 nssup failed, 126 not executable, 127 not found"""
+worker, 69 no supervisor at the socket, 77 not permitted, 78 bad config, 124 timed out; run: the command's own, 128+n
+for signals, 125 nssup failed, 126 not executable, 127 not found"""
 
 
 def main(argv: list[str]) -> int:

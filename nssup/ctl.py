@@ -75,6 +75,7 @@ Answer: TypeAlias = Reply | Coroutine[Any, Any, Reply]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Goal = Literal["ready", "running", "stopped", "done"]
+UP: tuple[Goal, ...] = ("ready", "running")
 
 
 class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -283,9 +284,6 @@ def _line_of(record: bytes) -> str:
     """What the worker wrote, as text."""
     found = _decode_record(record)
     return bytes(found.data).decode() if found.msg is None else found.msg
-
-
-GOALS: dict[Goal, Judge] = {"ready": _up, "running": _up, "stopped": _down, "done": _done}
 
 
 class Operation:
@@ -654,13 +652,13 @@ class Control:
 
     def start(self, call: Call) -> Answer:
         command: Command = call.command
-        judge = _goal(command.wait, _up)
+        judge = _goal(command.wait, _up, UP)
         work = [(each, Start(), judge) for each in self._meant(command, "start", by_default=True)]
         return self._run("start", work, command.timeout, call.text)
 
     def stop(self, call: Call) -> Answer:
         command: Command = call.command
-        judge = _goal(command.wait, _down)
+        judge = _goal(command.wait, _down, ("stopped",))
         work = [(each, Stop(), judge) for each in self._meant(command, "stop")]
         return self._run("stop", work, command.timeout, call.text)
 
@@ -668,7 +666,7 @@ class Control:
         command: Command = call.command
         there = self._supervisor.workers.workers
         work = [
-            (each, Restart(), _goal(command.wait, _renewed(there[each].generation)))
+            (each, Restart(), _goal(command.wait, _renewed(there[each].generation), UP))
             for each in self._meant(command, "restart")
         ]
         return self._run("restart", work, command.timeout, call.text)
@@ -680,7 +678,7 @@ class Control:
         except ValueError as e:
             raise _usage(f"{command.signal}: {e}") from None
         there = self._supervisor.workers.workers
-        judge = _goal(command.wait, _at_once)
+        judge = _goal(command.wait, _at_once, ())
         work: list[tuple[str, Input | None, Judge]] = []
         for each in self._meant(command, "kill"):
             reachable = there[each].init_host_pid if command.tree else there[each].host_pid
@@ -696,7 +694,7 @@ class Control:
         wanted = {name: _number(command.n, self._supervisor.workers.pools[name].workers, name) for name in pools}
         for name, n in wanted.items():
             self._supervisor.scale(name, n)
-        judge = _goal(command.wait, _scaled)
+        judge = _goal(command.wait, _scaled, UP)
         work = [(each, None, judge) for name in pools for each in self._changed(name, there[name])]
         return self._run("scale", work, command.timeout, call.text)
 
@@ -751,10 +749,13 @@ class Control:
                 self._log_follows.discard(follow)
 
 
-def _goal(wait: bool | Goal, usual: Judge) -> Judge:
-    if isinstance(wait, str):
-        return GOALS[wait]
-    return usual if wait else _at_once
+def _goal(wait: bool | Goal, usual: Judge, means: Sequence[Goal]) -> Judge:
+    """usual: what waiting is for with this verb; means: the goals that say the same."""
+    if wait is False:
+        return _at_once
+    if wait is True or wait in means:
+        return usual
+    return _done if wait == "done" else _reached(wait)
 
 
 def _never(w: Worker | None) -> bool | None:
