@@ -22,6 +22,7 @@ Read = Callable[[str, str], list[tuple[str, bytes]]]
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7) is 108 with its NUL
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LARGEST_ID = (1 << 32) - 2  # -1 means "unchanged" to setuid(2)
+NOBODYS_GROUP = -1  # of a user who is in no database
 _DEEPEST_INCLUDE = 16
 
 
@@ -477,8 +478,7 @@ def resolve(spec: PoolSpec, facts: Facts) -> tuple[Identity | None, list[tuple[s
     if isinstance(user, str):
         found.append(("user", user))
     elif user is not None:
-        # An ordinary user cannot set groups, but as himself he has them already.
-        uid, gid, groups = user.uid, user.gid, own.groups if user.uid == own.uid != 0 else facts.groups_of(user)
+        uid, gid, groups = user.uid, user.gid, _login_groups(user, own, facts)
     if spec.group is not None:
         gid = _gid("group", spec.group, facts, found)
     if spec.groups is not None:
@@ -487,6 +487,12 @@ def resolve(spec: PoolSpec, facts: Facts) -> tuple[Identity | None, list[tuple[s
         return None, found
     wanted = Identity(uid, gid, groups)
     return (None, []) if wanted == own else (wanted, _rights(spec, wanted, own, facts))
+
+
+def _login_groups(user: User, own: Identity, facts: Facts) -> tuple[int, ...]:
+    if user.uid == own.uid != 0:  # an ordinary user cannot set groups, but as himself he has them already
+        return own.groups
+    return facts.groups_of(user) if user.gid != NOBODYS_GROUP else ()
 
 
 def _user(spec: PoolSpec, facts: Facts) -> User | str | None:
@@ -500,7 +506,7 @@ def _user(spec: PoolSpec, facts: Facts) -> User | str | None:
         return f"there is no user {quoted(spec.user)} on this host: make it, or name another"
     if spec.group is None:
         return f"{spec.user} is in no user database, so its group is unknown: give group too"
-    return User(spec.user, number, facts.gid, "/", "/bin/sh")
+    return User(spec.user, number, NOBODYS_GROUP, "/", "/bin/sh")
 
 
 def _gid(key: str, name: str, facts: Facts, found: list[tuple[str, str]]) -> int:

@@ -1,18 +1,18 @@
 """What config asks of this machine, answered when asked: users, groups, environment, capabilities, limits, files.
 
-Nothing is read before it is needed: most configs name no user, and starting up must stay quick.
+Nothing is read or imported before it is needed (pathlib neither): most configs name no user, and starting up must stay
+quick.
 """
 
 import functools
 import os
-from pathlib import Path
 
 from nssup import config
 from nssup.errors import ExitCode, Problem, SpecError
 from nssup.spec import User
 
 # include/uapi/linux/capability.h
-CAPABILITIES = {"SETGID": 6, "SETUID": 7, "SYS_RESOURCE": 24}
+CAPABILITIES = {"SETGID": 6, "SETUID": 7, "SYS_ADMIN": 21, "SYS_RESOURCE": 24}
 RLIMIT_LOCKS = 10  # asm-generic/resource.h; the resource module does not know it
 
 
@@ -69,10 +69,8 @@ class Host:
 
     @functools.cached_property
     def _capabilities(self) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("CapEff:"):
-                return int(line.split()[1], 16)
-        return 0
+        with open("/proc/self/status") as status:
+            return next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
 
     def hard_limit(self, resource: str) -> int | None:
         import resource as limits  # only configs that set limits pay for it
@@ -96,12 +94,17 @@ def read(pattern: str, relative_to: str) -> list[tuple[str, bytes]]:
     path = os.path.normpath(os.path.join(os.path.dirname(relative_to), pattern))
     if not any(wildcard in pattern for wildcard in "*?["):
         try:
-            return [(path, Path(path).read_bytes())]
+            return [(path, _bytes(path))]
         except FileNotFoundError:
             return []
     from glob import glob  # costs a millisecond, and most configs include nothing
 
-    return [(name, Path(name).read_bytes()) for name in sorted(glob(path)) if os.path.isfile(name)]
+    return [(name, _bytes(name)) for name in sorted(glob(path)) if os.path.isfile(name)]
+
+
+def _bytes(name: str) -> bytes:
+    with open(name, "rb") as file:
+        return file.read()
 
 
 def load(name: str, facts: config.Facts | None = None) -> config.Config:
@@ -130,7 +133,7 @@ def find(named: str | None, facts: config.Facts | None = None) -> str:
 
 def _main_file(name: str) -> bytes:
     try:
-        return Path(name).read_bytes()
+        return _bytes(name)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise SpecError(Problem(name, 0, 0, "", f"cannot be read: {why[:1].lower()}{why[1:]}")) from None

@@ -201,13 +201,13 @@ def documents(draw: st.DrawFn) -> str:
     return text.replace("\n", "\r\n") if draw(st.booleans()) else text
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(documents())
 def test_the_paths_are_tomllibs(text: str) -> None:
     assert set(locate(text)) == set(flattened(tomllib.loads(text)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(derandomize=True, max_examples=150, deadline=None)
 @given(documents())
 def test_the_place_of_a_key_shows_its_name(text: str) -> None:
     lines = text.replace("\r\n", "\n").split("\n")
@@ -218,7 +218,7 @@ def test_the_place_of_a_key_shows_its_name(text: str) -> None:
             assert here.startswith((name, '"', "'")), (path, here)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.text(alphabet="ab=[]{},.\"'#\n 1\\é", max_size=40), st.integers(1, 3), st.integers(1, 20))
 def test_any_text_can_be_searched_for_a_duplicate(text: str, line: int, col: int) -> None:
     find_duplicate(text, line, col)
