@@ -135,7 +135,8 @@ _CRC = struct.Struct("<I")
 
 class Slot(NamedTuple):
     """One life as its supervisor last knew it. step: of SLOT_STEPS. Times are CLOCK_BOOTTIME seconds, 0.0 for none;
-    handle: the pidfs file handle of init's pidfd (name_to_handle_at(2)), empty where the kernel has none."""
+    handle: the pidfs file handle of init's pidfd (name_to_handle_at(2)), empty where the kernel has none; spec_hash: 32
+    bytes, or empty."""
 
     step: int
     sequence: int
@@ -209,4 +210,4 @@ def decode_slot(data: bytes) -> Slot | None:
     except UnicodeDecodeError:
         return None
     known = (step, sequence, boot_id, epoch, generation, worker, *numbers)
-    return Slot._make((*known, handle[: min(handle_length, 64)], spec_hash))
+    return Slot._make((*known, handle[: min(handle_length, 64)], spec_hash if any(spec_hash) else b""))
