@@ -38,13 +38,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'nssup' has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # type checkers would take any name for one of ours
 
-    return getattr(import_module(f"nssup.{home}"), name)
+    def __getattr__(name: str) -> object:
+        home = _HOMES.get(name)
+        if home is None:
+            raise AttributeError(f"module 'nssup' has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(f"nssup.{home}"), name)
 
 
 def __dir__() -> list[str]:
