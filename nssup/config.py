@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from nssup import document, envfile, keys
+from nssup import __version__, document, envfile, keys
 from nssup.document import Document, Table
 from nssup.errors import ExitCode, Problem, SpecError
 from nssup.locate import Path, dotted, quoted
@@ -288,7 +288,7 @@ def _understood(reading: _Reading, file: Document, required: bool) -> bool:
     version = file.table["version"]
     if type(version) is int and version == 1:
         return True
-    why = f"{keys.shown(version)} is not known to this nssup ({keys.VERSION}): the only version is 1"
+    why = f"{keys.shown(version)} is not known to this nssup ({__version__}): the only version is 1"
     reading.blame(file, ("version",), why)
     return False
 
@@ -464,6 +464,18 @@ def _env_files(reading: _Reading, pool: _Pool, files: str | tuple[str, ...]) -> 
 # --- what the host says ----------------------------------------------------------------------------------------------
 
 
+def account(spec: PoolSpec, facts: Facts) -> tuple[Identity | None, User | None]:
+    """What a launch needs: whom to become (None: nobody else), and whose HOME, USER, LOGNAME, SHELL to have.
+
+    The user is None when the supervisor's own is in no user database. Raises SpecError as resolve finds fault.
+    """
+    identity, found = resolve(spec, facts)
+    if found:
+        raise SpecError(*(Problem("", 0, 0, f"pool.{spec.name}.{key}", why) for key, why in found))
+    user = _user(spec, facts)
+    return identity, user if isinstance(user, User) else facts.user(str(facts.uid))
+
+
 def resolve(spec: PoolSpec, facts: Facts) -> tuple[Identity | None, list[tuple[str, str]]]:
     """Whom the pool's workers run as, None for the supervisor's own identity; and (key, why) of what is wrong.
 
@@ -582,9 +594,7 @@ def _limit_warnings(spec: PoolSpec, facts: Facts) -> list[tuple[Path, str]]:
 def _custody_warnings(pool: _Pool, spec: PoolSpec) -> list[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
     if spec.on_supervisor_death == "keep" and "on_supervisor_death" in pool.table:
-        why = (
-            f'this version ({keys.VERSION}) cannot take lives over yet, workers die with the supervisor: "die" says so'
-        )
+        why = f'this version ({__version__}) cannot take lives over yet, workers die with the supervisor: "die" says so'
         found.append((("on_supervisor_death",), why))
     if not spec.init:
         why = (

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from datetime import date, datetime, time
 from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar
 
-from nssup import units
+from nssup import __version__, units
 from nssup.locate import Path, quoted
 
-VERSION = "0.1.0"
-NOT_YET = f"not in this version ({VERSION}): leave it out"
+NOT_YET = f"not in this version ({__version__}): leave it out"
 
 _N = TypeVar("_N", int, float)
 Found = list[tuple[Path, str]]  # below the value: where, and what is wrong

@@ -632,6 +632,8 @@ def test_a_wrong_env_file(text: str, files: dict[str, str | bytes], line: str) -
 
 # --- whom workers run as ------------------------------------------------------------------------------------------------
 
+HOME = {"HOME": "/home/app"}
+XDG = HOME | {"XDG_STATE_HOME": "/s", "XDG_RUNTIME_DIR": "/r", "XDG_CONFIG_HOME": "/c"}
 PLAIN = Host(uid=1000, capabilities=set())
 
 
@@ -654,6 +656,28 @@ def test_identities(text: str, host: Host, identity: Identity | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "host", "home"),
+    [
+        ("", Host(), "/root"),
+        ("user = 'app'", Host(), "/home/app"),
+        ("user = '4242'\ngroup = '7'", Host(), "/"),
+        ("group = 'video'", Host(), "/root"),
+        ("", Host(4242, HOME), None),
+    ],
+)
+def test_accounts(text: str, host: Host, home: str | None) -> None:
+    made = pool(text, host)
+    identity, user = config.account(made, host)
+    assert identity == config.resolve(made, host)[0]
+    assert (user.home if user else None) == home
+
+
+def test_an_account_that_is_not_there() -> None:
+    with pytest.raises(SpecError, match=r'^pool.p.user: there is no user "x" on this host'):
+        config.account(PoolSpec(name="p", command=("app",), user="x"), Host())
+
+
+@pytest.mark.parametrize(
     ("text", "line"),
     [
         ("user = 'root'", "n.toml:4:1: pool.p.user: this supervisor cannot switch to it, it has no CAP_SETUID: run it as root, or leave user out"),
@@ -666,9 +690,6 @@ def test_only_root_can_switch(text: str, line: str) -> None:
 
 
 # --- directories --------------------------------------------------------------------------------------------------------
-
-HOME = {"HOME": "/home/app"}
-XDG = HOME | {"XDG_STATE_HOME": "/s", "XDG_RUNTIME_DIR": "/r", "XDG_CONFIG_HOME": "/c"}
 
 
 @pytest.mark.parametrize(
@@ -950,10 +971,6 @@ def test_the_table_has_a_key_for_every_field_of_a_spec() -> None:
 def test_the_defaults_that_the_table_tells_are_true(table: dict[str, keys.Key], prefix: str) -> None:
     told = {name: key.default for name, key in table.items() if key.default and not key.default.startswith("the ")}
     assert pool("".join(f"{prefix}{name} = {value}\n" for name, value in told.items())) == pool("")
-
-
-def test_the_version_is_the_packages() -> None:
-    assert f'version = "{keys.VERSION}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_reference_page_is_up_to_date() -> None:
