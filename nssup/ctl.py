@@ -203,6 +203,7 @@ def _bad(message: str) -> ControlError:
 
 Judge: TypeAlias = Callable[[Worker | None], bool | None]  # None: not yet. A worker that is gone is None.
 
+_QUIET = frozenset({"removed", State.STOPPED, State.DONE})  # what such a worker wrote explains nothing
 _DOWN = frozenset({State.STOPPED, State.DONE, State.FAILED})
 
 
@@ -364,7 +365,7 @@ class Operation:
             if worker_id not in self._results:
                 self._results[worker_id] = self._result(worker_id, False, timed_out=timeout is not None)
         found = [self._results[worker_id] for worker_id in self._order]
-        for result in [r for r in found if not r["ok"] and r["state"] != "removed"][:FAILED_WORKERS]:
+        for result in [r for r in found if not r["ok"] and r["state"] not in _QUIET][:FAILED_WORKERS]:
             records = self._supervisor.logs.last_records(result["id"], FAILED_LINES)
             result["last_lines"] = [_line_of(record) for record in records]
         return found
@@ -440,10 +441,12 @@ class Control:
         self._followers: set[Followed] = set()
         self._log_follows: set[Follow] = set()
         self._operations: set[Operation] = set()
+        self._closed = False
         self._unsubscribe = supervisor.subscribe(self._published)
 
     def close(self) -> None:
-        """Every wait ends with what is so now, every stream at its end."""
+        """Every wait ends with what is so now, every stream at its end; what begins later ends at once."""
+        self._closed = True
         self._unsubscribe()
         for operation in self._operations:
             operation.end()
@@ -606,6 +609,7 @@ class Control:
 
     async def _follow(self, follower: Followed, first: list[bytes], follow: bool) -> AsyncGenerator[bytes, None]:
         # Up to the first yield this runs in one turn with what `first` was taken from: nothing is missed or told twice.
+        follow = follow and not self._closed
         if follow:
             self._followers.add(follower)
         try:
@@ -636,6 +640,8 @@ class Control:
     ) -> Reply:
         operation = Operation(self._supervisor, work)
         self._operations.add(operation)
+        if self._closed:
+            operation.end()
         try:
             if then is not None:
                 then()
@@ -728,8 +734,9 @@ class Control:
         follows: list[Follow] = []
 
         async def begin() -> None:
-            if query.follow:
+            if query.follow and not self._closed:
                 follows.append(hub.follow(chosen.pools, workers=workers, max_bytes=LOG_BYTES_BEHIND))
+                self._log_follows.update(follows)
 
         try:
             # Tasks begin in the order they are made, in one turn of the loop: so follow and tails begin at one moment,
@@ -737,7 +744,6 @@ class Control:
             async with asyncio.TaskGroup() as group:
                 group.create_task(begin())
                 tails = [group.create_task(hub.tail(pool, query.n, workers)) for pool in chosen.pools]
-            self._log_follows.update(follows)
             records = list(heapq.merge(*(tail.result() for tail in tails)))  # each begins with its `ts`
             yield b"".join(records[max(len(records) - query.n, 0) :])
             for follow in follows:

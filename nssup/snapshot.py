@@ -132,7 +132,7 @@ class Snapshot:
     """Documents of one moment: the clock is read once, a spec is hashed once. Not kept beyond the request."""
 
     def __init__(self, source: Source, *, stats: bool, detailed: bool = True) -> None:
-        """stats: with cpu and memory. detailed: with namespaces and hashes, which no table shows."""
+        """stats: with cpu and memory. detailed: with what no table shows and that takes time to find out."""
         self._source = source
         self._now = source.now()
         self._stats = stats
@@ -179,7 +179,8 @@ class Snapshot:
         w = source.workers.workers[worker_id]
         spec = source.workers.pools[w.pool]
         stats = source.stats(worker_id) if self._stats and w.alive else None
-        running_since, next_at = w.running_since, w.deadline if w.state is State.BACKOFF else None
+        running_since = w.running_since
+        detailed = self._detailed
         return {
             "id": worker_id,
             "pool": w.pool,
@@ -195,16 +196,16 @@ class Snapshot:
             "host_pid": w.host_pid,
             "ns_pid": w.ns_pid,
             "init_host_pid": w.init_host_pid,
-            "namespaces": source.namespaces(worker_id) if self._detailed and w.alive else {},
+            "namespaces": source.namespaces(worker_id) if detailed and w.alive else {},
             "generation": w.generation,
             "restarts": w.restarts,
-            "started_at": self._stamp(w.launched_at if w.alive else None),
+            "started_at": self._stamp(w.launched_at) if detailed and w.alive else None,
             "uptime_seconds": None if running_since is None else round(max(self._now - running_since, 0.0), 6),
-            "next_at": self._stamp(next_at),
-            "spec_hash": self._hash(spec) if self._detailed else "",
+            "next_at": self._stamp(w.deadline) if detailed and w.state is State.BACKOFF else None,
+            "spec_hash": self._hash(spec) if detailed else "",
             "cpu_seconds": stats.cpu_seconds if stats else None,
             "memory_bytes": stats.memory_bytes if stats else None,
-            "log_dropped_bytes": self._dropped(w),
+            "log_dropped_bytes": self._dropped(w) if detailed else 0,
             "last_exit": exit_document(w.last_exit) if w.last_exit else None,
         }
 
