@@ -14,19 +14,17 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from nssup import http, render, units
+from nssup import http, operation, render, units
 from nssup.errors import ControlError, ExitCode
 from nssup.events import Event, Input, Kill, Restart, Start, State, Stop
-from nssup.machine import Worker
+from nssup.listener import Listener
+from nssup.operation import UP, Goal, Judge, Operation
 from nssup.selection import Selected, pool_of, select, select_pools
 from nssup.snapshot import STATS_ROWS, Snapshot, Source, event_line, members
 
-BATCH = 32  # inputs fed in one turn of the loop: each may be a launch, about half a millisecond
 EVENTS_KEPT = 1000  # for `n` and `since`
 EVENTS_BEHIND = 1000  # that a follower may be late by before it loses some
 LOG_BYTES_BEHIND = 4 << 20  # the same for a follower of logs
-FAILED_LINES = 10  # last lines of output told about a worker that failed
-FAILED_WORKERS = 5  # about so many of them
 MOST_WORKERS = 100_000
 
 # --- what it needs from outside ------------------------------------------------------------------------------------
@@ -74,8 +72,6 @@ Answer: TypeAlias = Reply | Coroutine[Any, Any, Reply]
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
-Goal = Literal["ready", "running", "stopped", "done"]
-UP: tuple[Goal, ...] = ("ready", "running")
 
 
 class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -199,178 +195,6 @@ def _bad(message: str) -> ControlError:
     return ControlError("bad-request", message, exit_code=ExitCode.USAGE)
 
 
-# --- when an operation is settled ----------------------------------------------------------------------------------
-
-Judge: TypeAlias = Callable[[Worker | None], bool | None]  # None: not yet. A worker that is gone is None.
-
-_QUIET = frozenset({"removed", State.STOPPED, State.DONE})  # what such a worker wrote explains nothing
-_DOWN = frozenset({State.STOPPED, State.DONE, State.FAILED})
-
-
-def _at_once(w: Worker | None) -> bool | None:
-    return True
-
-
-def _up(w: Worker | None) -> bool | None:
-    """Started: it runs, or ran and ended well. Falling into backoff is a failure, though it will be tried again."""
-    if w is None:
-        return False
-    match w.state:
-        case State.RUNNING | State.DONE:
-            return True
-        case State.FAILED | State.LOST | State.BACKOFF:
-            return False
-        case State.STOPPED if not w.want_up:
-            return False
-    return None
-
-
-def _down(w: Worker | None) -> bool | None:
-    """Stopped, and proven so."""
-    if w is None or w.state in _DOWN:
-        return True
-    return False if w.state is State.LOST or w.want_up else None
-
-
-def _done(w: Worker | None) -> bool | None:
-    if w is None or w.state in (State.FAILED, State.LOST, State.BACKOFF):
-        return False
-    return True if w.state is State.DONE else None
-
-
-def _renewed(before: int) -> Judge:
-    """Up again in a later life than before."""
-
-    def judge(w: Worker | None) -> bool | None:
-        if w is not None and w.generation == before:
-            return False if w.state is State.STOPPED and not w.want_up else None
-        return _up(w)
-
-    return judge
-
-
-def _scaled(w: Worker | None) -> bool | None:
-    """Gone, or there as its pool is: up, or stopped with it."""
-    if w is None:
-        return True
-    if w.removing:
-        return None
-    return True if w.state is State.STOPPED and not w.want_up else _up(w)
-
-
-def _reached(goal: Goal) -> Judge:
-    """For `wait`, which also waits for what may yet happen: backoff is no end."""
-
-    def judge(w: Worker | None) -> bool | None:
-        if goal == "stopped":
-            return True if w is None or w.state in _DOWN else (False if w.state is State.LOST else None)
-        if w is None or w.state in (State.FAILED, State.LOST):
-            return False
-        if w.state is State.DONE:
-            return True
-        return True if w.state is State.RUNNING and goal != "done" else None
-
-    return judge
-
-
-class _Record(msgspec.Struct):
-    msg: str | None = None
-    data: msgspec.Raw = msgspec.Raw(b"")
-
-
-_decode_record = msgspec.json.Decoder(_Record).decode
-
-
-def _line_of(record: bytes) -> str:
-    """What the worker wrote, as text."""
-    found = _decode_record(record)
-    return bytes(found.data).decode() if found.msg is None else found.msg
-
-
-class Operation:
-    """What was asked of some workers, and what becomes of each. Goes on when nobody waits for it any more.
-
-    Inputs are fed in batches, one a turn of the loop, so that a thousand launches let others have theirs.
-    """
-
-    def __init__(self, supervisor: Supervisor, work: Iterable[tuple[str, Input | None, Judge]]) -> None:
-        """work: (worker id, what to feed, when it is settled)."""
-        self._supervisor = supervisor
-        self._todo = deque(work)
-        self._order = [worker_id for worker_id, _, _ in self._todo]
-        self._open: dict[str, Judge] = {}
-        self._results: dict[str, render.Result] = {}
-        self._settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._unsubscribe = supervisor.subscribe(self._published)
-        self._feed()
-
-    def _feed(self) -> None:
-        for _ in range(min(BATCH, len(self._todo))):
-            worker_id, event, judge = self._todo.popleft()
-            self._open[worker_id] = judge
-            if event is not None and worker_id in self._supervisor.workers.workers:
-                self._supervisor.feed(worker_id, event)
-            self._judge(worker_id)
-        if self._todo:
-            asyncio.get_running_loop().call_soon(self._feed)
-        self._check()
-
-    def _published(self, event: Event) -> None:
-        if event.worker in self._open:
-            self._judge(event.worker)
-            self._check()
-
-    def _judge(self, worker_id: str) -> None:
-        judge = self._open.get(worker_id)
-        if judge is None:
-            return
-        ok = judge(self._supervisor.workers.workers.get(worker_id))
-        if ok is not None:
-            del self._open[worker_id]
-            self._results[worker_id] = self._result(worker_id, ok)
-
-    def _check(self) -> None:
-        if not self._open and not self._todo and not self._settled.done():
-            self._settled.set_result(None)
-
-    def _result(self, worker_id: str, ok: bool, *, timed_out: bool = False) -> render.Result:
-        w = self._supervisor.workers.workers.get(worker_id)
-        return {
-            "id": worker_id,
-            "state": w.state.value if w else "removed",
-            "reason": w.reason if w else None,
-            "ok": ok,
-            "timed_out": timed_out,
-            "generation": w.generation if w else 0,
-            "host_pid": w.host_pid if w else None,
-            "ns_pid": w.ns_pid if w else None,
-            "last_lines": [],
-        }
-
-    def end(self) -> None:
-        """Wait no longer: what is not settled now is not."""
-        if not self._settled.done():
-            self._settled.set_result(None)
-
-    async def wait_settled(self, timeout: float | None) -> list[render.Result]:
-        """What became of each worker, in the order they were given; of some that failed, their last output too."""
-        try:
-            async with asyncio.timeout(timeout):
-                await self._settled
-        except TimeoutError:
-            pass
-        finally:
-            self._unsubscribe()
-        for worker_id in self._order:
-            if worker_id not in self._results:
-                self._results[worker_id] = self._result(worker_id, False, timed_out=timeout is not None)
-        found = [self._results[worker_id] for worker_id in self._order]
-        for result in [r for r in found if not r["ok"] and r["state"] not in _QUIET][:FAILED_WORKERS]:
-            records = self._supervisor.logs.last_records(result["id"], FAILED_LINES)
-            result["last_lines"] = [_line_of(record) for record in records]
-        return found
-
-
 # --- followers of events -------------------------------------------------------------------------------------------
 
 
@@ -448,8 +272,8 @@ class Control:
         """Every wait ends with what is so now, every stream at its end; what begins later ends at once."""
         self._closed = True
         self._unsubscribe()
-        for operation in self._operations:
-            operation.end()
+        for each in self._operations:
+            each.end()
         for follower in self._followers:
             follower.end()
         for follow in self._log_follows:
@@ -638,16 +462,16 @@ class Control:
         text: bool,
         then: Callable[[], None] | None = None,
     ) -> Reply:
-        operation = Operation(self._supervisor, work)
-        self._operations.add(operation)
+        under_way = Operation(self._supervisor, work)
+        self._operations.add(under_way)
         if self._closed:
-            operation.end()
+            under_way.end()
         try:
             if then is not None:
                 then()
-            found = await operation.wait_settled(timeout)
+            found = await under_way.wait_settled(timeout)
         finally:
-            self._operations.discard(operation)
+            self._operations.discard(under_way)
         code = ExitCode.OK
         if not all(r["ok"] for r in found):
             code = ExitCode.TIMED_OUT if any(r["timed_out"] for r in found) else ExitCode.FAILED
@@ -658,13 +482,13 @@ class Control:
 
     def start(self, call: Call) -> Answer:
         command: Command = call.command
-        judge = _goal(command.wait, _up, UP)
+        judge = operation.aim(command.wait, operation.up, UP)
         work = [(each, Start(), judge) for each in self._meant(command, "start", by_default=True)]
         return self._run("start", work, command.timeout, call.text)
 
     def stop(self, call: Call) -> Answer:
         command: Command = call.command
-        judge = _goal(command.wait, _down, ("stopped",))
+        judge = operation.aim(command.wait, operation.down, ("stopped",))
         work = [(each, Stop(), judge) for each in self._meant(command, "stop")]
         return self._run("stop", work, command.timeout, call.text)
 
@@ -672,7 +496,7 @@ class Control:
         command: Command = call.command
         there = self._supervisor.workers.workers
         work = [
-            (each, Restart(), _goal(command.wait, _renewed(there[each].generation), UP))
+            (each, Restart(), operation.aim(command.wait, operation.renewed(there[each].generation), UP))
             for each in self._meant(command, "restart")
         ]
         return self._run("restart", work, command.timeout, call.text)
@@ -684,11 +508,13 @@ class Control:
         except ValueError as e:
             raise _usage(f"{command.signal}: {e}") from None
         there = self._supervisor.workers.workers
-        judge = _goal(command.wait, _at_once, ())
+        judge = operation.aim(command.wait, operation.at_once, ())
         work: list[tuple[str, Input | None, Judge]] = []
         for each in self._meant(command, "kill"):
             reachable = there[each].init_host_pid if command.tree else there[each].host_pid
-            work.append((each, Kill(signo, command.tree), judge) if reachable is not None else (each, None, _never))
+            work.append(
+                (each, Kill(signo, command.tree), judge) if reachable is not None else (each, None, operation.never)
+            )
         return self._run("kill", work, command.timeout, call.text)
 
     def scale(self, call: Call) -> Answer:
@@ -700,7 +526,7 @@ class Control:
         wanted = {name: _number(command.n, self._supervisor.workers.pools[name].workers, name) for name in pools}
         for name, n in wanted.items():
             self._supervisor.scale(name, n)
-        judge = _goal(command.wait, _scaled, UP)
+        judge = operation.aim(command.wait, operation.scaled, UP)
         work = [(each, None, judge) for name in pools for each in self._changed(name, there[name])]
         return self._run("scale", work, command.timeout, call.text)
 
@@ -713,13 +539,13 @@ class Control:
     def wait(self, call: Call) -> Answer:
         command: Command = call.command
         goal: Goal = command.wait if isinstance(command.wait, str) else "ready"
-        judge = _reached(goal)
+        judge = operation.reached(goal)
         work = [(each, None, judge) for each in self._meant(command, "wait", by_default=True)]
         return self._run("wait", work, command.timeout, call.text)
 
     def shutdown(self, call: Call) -> Answer:
         command: Shutdown = call.command
-        judge = _down_for_good if command.wait else _at_once
+        judge = operation.down_for_good if command.wait else operation.at_once
         work = [(each, None, judge) for each in self._select([]).workers]
         return self._run("shutdown", work, command.timeout, call.text, self._supervisor.shutdown)
 
@@ -753,27 +579,6 @@ class Control:
             for follow in follows:
                 follow.close()
                 self._log_follows.discard(follow)
-
-
-def _goal(wait: bool | Goal, usual: Judge, means: Sequence[Goal]) -> Judge:
-    """usual: what waiting is for with this verb; means: the goals that say the same."""
-    if wait is False:
-        return _at_once
-    if wait is True or wait in means:
-        return usual
-    return _done if wait == "done" else _reached(wait)
-
-
-def _never(w: Worker | None) -> bool | None:
-    """There is nobody to be signalled."""
-    return False
-
-
-def _down_for_good(w: Worker | None) -> bool | None:
-    """Down by a shutdown, which asks for it only after the answer began."""
-    if w is None or w.state in _DOWN:
-        return True
-    return False if w.state is State.LOST else None
 
 
 def _number(n: int | str, now: int, pool: str) -> int:
@@ -875,11 +680,12 @@ def _command(body: bytes, kind: type[msgspec.Struct]) -> Any:  # noqa: ANN401 - 
 class ControlServer(http.Server):
     """The control socket of a supervisor: `async with ControlServer(supervisor, path): ...`
 
-    lock_held: the caller holds the lock of the supervisor's directories, so a stale socket file may be replaced.
+    path: of the socket, or a Listener made earlier. lock_held: the caller holds the lock of the supervisor's
+    directories, so a stale socket file may be replaced.
     Raises ControlError on entering when the socket is not to be had.
     """
 
     def __init__(
-        self, supervisor: Supervisor, path: str, *, lock_held: bool = True, limits: http.Limits | None = None
+        self, supervisor: Supervisor, path: str | Listener, *, lock_held: bool = True, limits: http.Limits | None = None
     ) -> None:
         super().__init__(path, Control(supervisor), lock_held=lock_held, limits=limits)

@@ -7,10 +7,7 @@ operation it waits for goes on: it does not live here). A connection costs a tim
 
 import asyncio
 import contextlib
-import errno
-import os
 import socket
-import stat
 import struct
 import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
@@ -19,10 +16,8 @@ from typing import Any, NamedTuple, Protocol, Self, cast
 import h11
 import msgspec
 
-from nssup.errors import ControlError, ExitCode
+from nssup.listener import Listener, listen
 
-PATH_BYTES = 107  # sizeof(sockaddr_un.sun_path) - 1: unix(7)
-BACKLOG = 128
 _UCRED = struct.Struct("3i")
 
 
@@ -86,94 +81,12 @@ def failure(status: int, code: str, message: str, hint: str = "") -> _Plain:
     return _Plain(status, [("Content-Type", "application/json")], body + b"\n")
 
 
-# --- the socket file -----------------------------------------------------------------------------------------------
-
-
-def listen(path: str, *, lock_held: bool) -> socket.socket:
-    """A listening socket at path, mode 0660, its directory made if missing (0750).
-
-    lock_held: the caller holds the supervisor's lock, so that a socket file which nobody listens on is a dead
-    predecessor's and is replaced. Raises ControlError: path too long, something else there, somebody listening.
-    """
-    _check_path(path)
-    try:
-        os.makedirs(os.path.dirname(path) or ".", mode=0o750, exist_ok=True)
-        _make_room(path, lock_held)
-        return _bind(path)
-    except OSError as e:
-        raise _unusable(path, f"cannot listen: {e.strerror or e}") from e
-
-
-def _check_path(path: str) -> None:
-    size = len(os.fsencode(path))
-    if size > PATH_BYTES:
-        raise ControlError(
-            "socket-path-too-long",
-            f"socket path of {size} bytes, and Linux takes {PATH_BYTES}: {path}",
-            hint="set supervisor.socket to a shorter path",
-            exit_code=ExitCode.CONFIG,
-        )
-    if not path or "\0" in path:
-        raise _unusable(path, "no usable path")
-
-
-def _unusable(path: str, why: str, hint: str = "") -> ControlError:
-    return ControlError("socket-unusable", f"socket {path}: {why}", hint=hint, exit_code=ExitCode.FAILED)
-
-
-def _make_room(path: str, lock_held: bool) -> None:
-    """Removes a stale socket file, and nothing else."""
-    try:
-        there = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(there.st_mode):
-        raise _unusable(path, "is there and is no socket", "move it away, or set supervisor.socket to another path")
-    if _somebody_listens(path):
-        raise _unusable(path, "another program listens there", "another supervisor? set supervisor.socket")
-    if not lock_held:
-        raise _unusable(path, "a socket that nobody listens on is there", "remove it")
-    os.unlink(path)
-
-
-def _somebody_listens(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        code = probe.connect_ex(path)
-    return code not in (errno.ECONNREFUSED, errno.ENOENT)  # EAGAIN: its queue is full, so it is alive
-
-
-def _bind(path: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        # Never open to others, not even between bind and chmod.
-        umask = os.umask(0o117)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(umask)
-        os.chmod(path, 0o660)
-        listener.listen(BACKLOG)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """Device and inode of what is at path now."""
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+# --- one connection ------------------------------------------------------------------------------------------------
 
 
 def peer_of(sock: socket.socket) -> Peer:
     """sock: a connected one (uvloop hands out a stand-in that has what is needed)."""
     return Peer(*_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
-
-
-# --- one connection ------------------------------------------------------------------------------------------------
 
 
 class Connection(asyncio.Protocol):
@@ -437,18 +350,21 @@ def _whole(head: h11.Request, body: bytes, peer: Peer) -> Request:
 class Server:
     """HTTP on a Unix socket: `async with Server(path, app, lock_held=True): ...`
 
-    Entering makes the socket file and listens; leaving lets the replies under way end (app.close() ends what they wait
-    for, limits.grace bounds it), closes every connection and removes the socket file if it is still the same one.
+    path: of the socket, or a Listener that is there already, which is taken over. Entering listens; leaving lets the
+    replies under way end (app.close() ends what they wait for, limits.grace bounds it), closes every connection and
+    removes the socket file if it is still the same one.
     """
 
-    def __init__(self, path: str, app: App, *, lock_held: bool = False, limits: Limits | None = None) -> None:
-        self.path = path
+    def __init__(
+        self, path: str | Listener, app: App, *, lock_held: bool = False, limits: Limits | None = None
+    ) -> None:
+        self.path = path if isinstance(path, str) else path.path
         self.app = app
         self.limits = limits or Limits()
         self.closing = False
         self.tasks = asyncio.TaskGroup()
         self._lock_held = lock_held
-        self._identity: tuple[int, int] | None = None
+        self._listener = None if isinstance(path, str) else path
         self._server: asyncio.AbstractServer
         self._connections: set[Connection] = set()
         self._arriving: dict[Connection, None] = {}  # in order of age
@@ -457,17 +373,13 @@ class Server:
     async def __aenter__(self) -> Self:
         """Raises ControlError when the socket is not to be had."""
         try:
-            listener = listen(self.path, lock_held=self._lock_held)
-        except ControlError:
-            self.app.close()
-            raise
-        self._identity = _identity(self.path)
-        try:
-            self._server = await _serve(lambda: Connection(self), listener)
+            if self._listener is None:
+                self._listener = listen(self.path, lock_held=self._lock_held)
+            self._server = await _serve(lambda: Connection(self), self._listener.socket)
         except BaseException:
-            listener.close()
             self.app.close()
-            _remove_if_same(self.path, self._identity)
+            if self._listener is not None:
+                self._listener.close()
             raise
         await self.tasks.__aenter__()
         return self
@@ -477,7 +389,8 @@ class Server:
         try:
             await self._close(self._server)
         finally:
-            _remove_if_same(self.path, self._identity)
+            if self._listener is not None:
+                self._listener.remove()
             self._abort()
             await self.tasks.__aexit__(None, None, None)
 
@@ -537,9 +450,3 @@ async def _serve(factory: Callable[[], asyncio.Protocol], listener: socket.socke
     """A server on the listener, which it owns. The socket file stays ours: 3.13 would remove it by itself."""
     keep_file: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
     return await asyncio.get_running_loop().create_unix_server(factory, sock=listener, **keep_file)
-
-
-def _remove_if_same(path: str, identity: tuple[int, int] | None) -> None:
-    if identity is not None and _identity(path) == identity:
-        with contextlib.suppress(OSError):
-            os.unlink(path)

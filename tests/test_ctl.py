@@ -12,7 +12,7 @@ import pytest
 from fake_supervisor import Supervisor
 from msgspec.structs import replace
 
-from nssup import ctl, http
+from nssup import ctl, http, operation
 from nssup.ctl import ControlServer
 from nssup.events import Exit, State, Stop
 from nssup.spec import RestartPolicy
@@ -386,7 +386,7 @@ async def test_many_workers_are_fed_in_turns(site: Site) -> None:
     feed = site.sup.feed
 
     def counted(worker_id: str, event: Any) -> None:  # noqa: ANN401
-        if len(site.sup.fed) % ctl.BATCH == 0:
+        if len(site.sup.fed) % operation.BATCH == 0:
             asyncio.get_running_loop().call_soon(turns.append, len(site.sup.fed))
         feed(worker_id, event)
 

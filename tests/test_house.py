@@ -22,9 +22,10 @@ ROWS = [
     "spec events record wire keys document envfile",
     "machine restart deps rollout schedule adopt lines config diff render selection plan openapi",
     "workers",
-    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs http snapshot logfile journal",
+    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs listener snapshot logfile "
+    "journal",
     "loop sim",
-    "executor run foreground",
+    "executor run foreground http operation",
     "ctl client",
     "__main__ cli fast up",
 ]

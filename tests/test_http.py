@@ -13,6 +13,7 @@ import pytest
 
 from nssup import http
 from nssup.errors import ControlError, ExitCode
+from nssup.listener import listen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
@@ -446,23 +447,26 @@ async def test_the_umask_is_left_alone(site: Site) -> None:
 
 def test_the_directory_is_made(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "s.sock"
-    http.listen(str(path), lock_held=True).close()
+    listener = listen(str(path), lock_held=True)
     assert path.is_socket()
+    listener.close()
+    listener.close()
+    assert not path.exists()
 
 
 def test_a_path_too_long_is_said(tmp_path: Path) -> None:
     with pytest.raises(ControlError, match="Linux takes 107") as caught:
-        http.listen(str(tmp_path / ("x" * 108)), lock_held=True)
+        listen(str(tmp_path / ("x" * 108)), lock_held=True)
     assert caught.value.exit_code is ExitCode.CONFIG
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stale_socket_is_replaced_by_who_holds_the_lock(tmp_path: Path) -> None:
     path = str(tmp_path / "s.sock")
-    http.listen(path, lock_held=False).close()
+    listen(path, lock_held=False).socket.close()
     with pytest.raises(ControlError, match="nobody listens"):
-        http.listen(path, lock_held=False)
-    http.listen(path, lock_held=True).close()
+        listen(path, lock_held=False)
+    listen(path, lock_held=True).close()
 
 
 def test_a_live_socket_is_never_replaced(tmp_path: Path) -> None:
@@ -471,7 +475,7 @@ def test_a_live_socket_is_never_replaced(tmp_path: Path) -> None:
         live.bind(path)
         live.listen(0)
         with pytest.raises(ControlError, match="another program listens"):
-            http.listen(path, lock_held=True)
+            listen(path, lock_held=True)
     assert os.path.exists(path)
 
 
@@ -479,14 +483,23 @@ def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
     path.write_text("precious")
     with pytest.raises(ControlError, match="is no socket"):
-        http.listen(str(path), lock_held=True)
+        listen(str(path), lock_held=True)
     assert path.read_text() == "precious"
 
 
 def test_no_directory_to_be_had_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ControlError, match="cannot listen"):
-        http.listen(str(tmp_path / "file" / "s.sock"), lock_held=True)
+        listen(str(tmp_path / "file" / "s.sock"), lock_held=True)
+
+
+async def test_a_listener_made_before_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    async with http.Server(listen(str(path), lock_held=True), App()) as server:
+        client = Client(*await asyncio.open_unix_connection(server.path))
+        assert (await client.ask(GET % b"/x"))[0] == 200
+        await client.close()
+    assert not path.exists()
 
 
 async def test_a_socket_that_somebody_else_made_is_not_removed(tmp_path: Path) -> None:
