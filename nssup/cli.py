@@ -4,7 +4,7 @@ Nothing heavy is imported before it is known to be needed; `run` is parsed by ha
 """
 
 from nssup import client, fast
-from nssup.client import OK, USAGE, Options
+from nssup.client import FAILED, OK, USAGE, Options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
         options = parse_run(argv[1:])
         if options is not None:
             return _run(options)
+    if argv in (["version"], ["--version"]):
+        return client.guarded(_version)
     if len(argv) > 1 and argv[0] == "ctl" and not argv[1].startswith("-") and argv[1] not in VERBS:
         return _unknown("verb", argv[1], VERBS)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
@@ -91,7 +93,7 @@ def _parser() -> "ArgumentParser":
         formatter_class=raw,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=_version_text())
+    parser.add_argument("--version", action="version", version="", help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, action: "Callable[[Namespace], int]") -> "ArgumentParser":
@@ -104,7 +106,7 @@ def _parser() -> "ArgumentParser":
     up.add_argument("--for", dest="for_seconds", type=_seconds, metavar="SECONDS", help="end by itself after so long")
     check = command("check", _check)
     check.add_argument("file", nargs="?", metavar="FILE", help="default: as for up")
-    command("version", _version)
+    command("version", lambda arguments: _version())
     _add_run(command("run", _run_parsed))
     ctl = command("ctl", lambda arguments: OK)
     ctl.epilog, ctl.formatter_class = f"SEL: {SELECTORS}\n\n{EXIT_CODES}", raw
@@ -187,14 +189,10 @@ def _seconds(text: str) -> float:
 # --- up, check, version --------------------------------------------------------------------------------------------
 
 
-def _version_text() -> str:
+def _version() -> int:
     from nssup import __version__
 
-    return f"nssup {__version__}"
-
-
-def _version(arguments: "Namespace") -> int:
-    client.write(1, f"{_version_text()}\n".encode())
+    client.write(1, f"nssup {__version__}\n".encode())
     return OK
 
 
@@ -228,6 +226,9 @@ def _up(arguments: "Namespace") -> int:
     except NssupError as e:
         client.complain(str(e))
         return e.exit_code
+    except OSError as e:
+        client.complain(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+        return FAILED
 
 
 # --- run -----------------------------------------------------------------------------------------------------------

@@ -275,6 +275,10 @@ def write(fd: int, data: bytes) -> None:
             import select  # somebody else made our stdout non-blocking
 
             select.select([], [fd], [])
+        except BrokenPipeError:
+            raise
+        except OSError as e:
+            raise ClientError(FAILED, f"cannot write: {e.strerror}") from None
 
 
 def complain(text: str) -> None:
@@ -295,9 +299,6 @@ def guarded(action: "Callable[[], int]") -> int:
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
-    except OSError as e:
-        complain(f"cannot write: {e.strerror}")
-        return FAILED
 
 
 def perform(verb: str, o: Options) -> int:
