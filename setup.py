@@ -1,4 +1,4 @@
-"""The C half of the build: the extension nssup._clone and beside it the executable nssup-init."""
+"""The C half of the build: small extensions, and beside them the executable nssup-init."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ from setuptools.command.build_ext import build_ext
 FAILPOINTS = ["-DNSSUP_FAILPOINTS"] if os.environ.get("NSSUP_FAILPOINTS") == "1" else []
 STRICT = ["-std=gnu11", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror", *FAILPOINTS]
 # -isystem: Python's own headers are not held to our warnings.
-CLONE_FLAGS = ["-O2", *STRICT, "-isystem", sysconfig.get_path("include")]
+FLAGS = ["-O2", *STRICT, "-isystem", sysconfig.get_path("include")]
 INIT_FLAGS = [
     *("-Os", *STRICT, "-ffreestanding", "-fno-builtin", "-fno-stack-protector", "-fno-pie"),
     *("-fno-asynchronous-unwind-tables", "-static", "-nostdlib", "-nostartfiles", "-s"),
@@ -22,7 +22,7 @@ INIT_FLAGS = [
 class BuildNative(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.force = True  # time stamps do not see a changed flag, and it is two small files
+        self.force = True  # time stamps do not see a changed flag, and they are small files
 
     def run(self) -> None:
         super().run()
@@ -39,7 +39,15 @@ class BuildNative(build_ext):
         return [*super().get_outputs(), str(self.init_path())]
 
 
-clone = Extension("nssup._clone", ["nssup/native/clone.c"], py_limited_api=True)
-clone.define_macros = [("Py_LIMITED_API", "0x030b0000")]
-clone.extra_compile_args = CLONE_FLAGS
-setup(ext_modules=[clone], cmdclass={"build_ext": BuildNative}, options={"bdist_wheel": {"py_limited_api": "cp311"}})
+def extension(name: str) -> Extension:
+    made = Extension(f"nssup._{name}", [f"nssup/native/{name}.c"], py_limited_api=True)
+    made.define_macros = [("Py_LIMITED_API", "0x030b0000")]
+    made.extra_compile_args = FLAGS
+    return made
+
+
+setup(
+    ext_modules=[extension(name) for name in ("clone", "pidfd")],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

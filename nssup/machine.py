@@ -480,10 +480,13 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.DONE, Stop): _to(_down, _S.STOPPED),
     (_S.DONE, Restart): _to(_start, _S.STARTING),
     (_S.DONE, Remove): _to(_down, _S.STOPPED),
+    # Only an operator may say that what could not be proven ours is dealt with.
+    (_S.LOST, Stop): _to(_down, _S.STOPPED),
+    (_S.LOST, Remove): _to(_down, _S.STOPPED),
 }
 
-# States that no edge touches yet: dependencies and adoption will.
-RESERVED = frozenset({State.WAITING, State.LOST})
+# A state that no edge touches yet: dependencies will.
+RESERVED = frozenset({State.WAITING})
 
 _PROGRESS: tuple[type[Input], ...] = (Launched, LaunchFailed, Started, Running, SetupFailed, Exited, Empty)
 
@@ -502,6 +505,7 @@ IGNORED: frozenset[tuple[State, type[Input]]] = (
     | _ignored(State.BACKOFF, Kill, *_PROGRESS)
     | _ignored(State.FAILED, Kill, Tick, Gone, *_PROGRESS)
     | _ignored(State.DONE, Kill, Tick, Gone, *_PROGRESS)
+    | _ignored(State.LOST, Start, Restart, Kill, Tick, Gone, *_PROGRESS)
 )
 
 

@@ -127,16 +127,19 @@ SLOT_MAGIC = 0x4C53534E
 SLOT_VERSION = 1
 
 # magic, version, step, sequence, boot id, epoch, generation, PID namespace inode, init start time, pidfd inode,
-# init host PID, host PID, namespace PID, stop step, deadline, launched at, running since, restarts, failures,
-# handle length, handle, worker id, spec hash; then zeroes for what comes later; the last four bytes are the CRC-32.
-_SLOT = struct.Struct("<IHHQ16sIIQQQiiiidddIII64s64s32s")
+# spec hash, init host PID, handle length, body length, handle, worker id, body; the last four bytes are the CRC-32.
+_SLOT = struct.Struct("<IHHQ16sIIQQQ8siHH64s64s296s4x")
 _CRC = struct.Struct("<I")
+BODY_MAX = 296
 
 
 class Slot(NamedTuple):
-    """One life as its supervisor last knew it. step: of SLOT_STEPS. Times are CLOCK_BOOTTIME seconds, 0.0 for none;
-    handle: the pidfs file handle of init's pidfd (name_to_handle_at(2)), empty where the kernel has none; spec_hash: 32
-    bytes, or empty."""
+    """One life, and in the newest life's slot the worker, as its supervisor last knew them.
+
+    step: one of SLOT_*. pidns_inode: of the supervisor's own PID namespace, in which the numbers mean something.
+    init_start_time: as in proc(5) stat, clock ticks since boot. handle: the pidfs file handle of init's pidfd
+    (name_to_handle_at(2)), empty where the kernel has none. spec_hash: 8 bytes. body: what `adopt.keep` wrote.
+    """
 
     step: int
     sequence: int
@@ -148,26 +151,21 @@ class Slot(NamedTuple):
     init_start_time: int = 0
     pidfd_inode: int = 0
     init_host_pid: int = 0
-    host_pid: int = 0
-    ns_pid: int = 0
-    stop_step: int = 0
-    deadline: float = 0.0
-    launched_at: float = 0.0
-    running_since: float = 0.0
-    restarts: int = 0
-    failures: int = 0
     handle: bytes = b""
-    spec_hash: bytes = b""
+    spec_hash: bytes = bytes(8)
+    body: bytes = b""
 
 
 SLOT_FREE, SLOT_SPAWNING, SLOT_RELEASED, SLOT_STOPPING, SLOT_OVER = range(5)
 
 
 def encode_slot(slot: Slot) -> bytes:
-    """Exactly SLOT_SIZE bytes. Raises ValueError when the id or the handle does not fit."""
+    """Exactly SLOT_SIZE bytes. Raises ValueError when a field does not fit."""
     name = slot.worker.encode()
-    if len(name) > 64 or len(slot.handle) > 64 or len(slot.spec_hash) > 32 or len(slot.boot_id) != 16:
+    if len(name) > 64 or len(slot.handle) > 64 or len(slot.body) > BODY_MAX:
         raise ValueError("life slot: a field is too long")
+    if len(slot.spec_hash) != 8 or len(slot.boot_id) != 16:
+        raise ValueError("life slot: a field has not its length")
     body = _SLOT.pack(
         SLOT_MAGIC,
         SLOT_VERSION,
@@ -179,21 +177,14 @@ def encode_slot(slot: Slot) -> bytes:
         slot.pidns_inode,
         slot.init_start_time,
         slot.pidfd_inode,
+        slot.spec_hash,
         slot.init_host_pid,
-        slot.host_pid,
-        slot.ns_pid,
-        slot.stop_step,
-        slot.deadline,
-        slot.launched_at,
-        slot.running_since,
-        slot.restarts,
-        slot.failures,
         len(slot.handle),
+        len(slot.body),
         slot.handle,
         name,
-        slot.spec_hash,
+        slot.body,
     )
-    body += bytes(SLOT_SIZE - _CRC.size - len(body))
     return body + _CRC.pack(zlib.crc32(body))
 
 
@@ -204,10 +195,10 @@ def decode_slot(data: bytes) -> Slot | None:
     magic, version, step, sequence, boot_id, epoch, generation, *rest = _SLOT.unpack_from(data)
     if magic != SLOT_MAGIC or not SLOT_VERSION - 1 <= version <= SLOT_VERSION or step == SLOT_FREE:
         return None
-    numbers, (handle_length, handle, name, spec_hash) = rest[:-4], rest[-4:]
+    pidns, started, inode, spec_hash, host_pid, handle_length, body_length, handle, name, body = rest
     try:
         worker = name.rstrip(b"\0").decode()
     except UnicodeDecodeError:
         return None
-    known = (step, sequence, boot_id, epoch, generation, worker, *numbers)
-    return Slot._make((*known, handle[: min(handle_length, 64)], spec_hash if any(spec_hash) else b""))
+    identity = (pidns, started, inode, host_pid, handle[:handle_length], spec_hash, body[:body_length])
+    return Slot._make((step, sequence, boot_id, epoch, generation, worker, *identity))

@@ -18,6 +18,8 @@ Published, one Event per change of state, plus facts (`from` and `to` are None):
 | `removed` | fact: the worker was scaled away and is forgotten |
 | `pool_added` `scaled` `pool_removed` | facts about a pool |
 | `log_failed` | fact: a pool's log file took no more, and output was dropped (`note`d by whoever writes it) |
+| `adopted` `lost` | facts: a worker of a supervisor that is no more is ours now; it cannot be proven ours |
+| `slot_set_aside` | fact: a note of a life was torn or forged |
 | `reload_refused` | fact: SIGHUP came, and this version cannot apply a changed config |
 
 `exit` is how the last life ended, where the change is about that. A relaunch at once has no event of its own for the
@@ -57,6 +59,9 @@ EVENTS = frozenset(EVENT_OF.values()) | {
     "pool_removed",
     "log_failed",
     "reload_refused",
+    "adopted",
+    "lost",
+    "slot_set_aside",
 }
 
 # A life's end is told with the change that it caused.
@@ -99,8 +104,12 @@ class WorkerSet:
         epoch: int = 0,
         seed: str = "",
         wall: Callable[[float], float] = float,
+        changed: Callable[[str, Worker | None], None] = lambda worker_id, worker: None,
     ) -> None:
-        """epoch: put into every event. seed: of the jitter of restarts. wall: CLOCK_BOOTTIME -> wall clock seconds."""
+        """epoch: put into every event. seed: of the jitter of restarts. wall: CLOCK_BOOTTIME -> wall clock seconds.
+
+        changed: told of every new value of a worker before it is published and acted on, None when it is forgotten.
+        """
         self.workers: dict[str, Worker] = {}
         self.pools: dict[str, PoolSpec] = {}
         self.seq = 0
@@ -108,13 +117,18 @@ class WorkerSet:
         self._epoch = epoch
         self._seed = seed
         self._wall = wall
+        self._note_change = changed
         self._state: dict[str, _Pool] = {}
         self._heap: list[tuple[float, str]] = []
 
     # --- pools -----------------------------------------------------------------------------------------------------
 
-    def add_pool(self, spec: PoolSpec, now: float) -> Actions:
-        """A new pool, its workers started if it is enabled. Raises ControlError if there is one of this name."""
+    def add_pool(self, spec: PoolSpec, now: float, restored: Iterable[Worker] = ()) -> Actions:
+        """A new pool, its workers started if it is enabled. Raises ControlError if there is one of this name.
+
+        restored: workers of it that are there already, from a supervisor that is no more; they go on as they are, and
+        the pool is up if one of them wants to be.
+        """
         if spec.name in self.pools:
             raise ControlError(
                 "pool-exists",
@@ -125,7 +139,22 @@ class WorkerSet:
         self.pools[spec.name] = spec
         self._state[spec.name] = _Pool(spec.enabled)
         self._say(now, "pool_added", pool=spec.name, detail={"workers": spec.workers})
-        return self._grow(spec.name, now)
+        for number, worker in enumerate(restored):
+            self._restore(worker, now, first=number == 0)
+        return self._shrink(spec.name, now) + self._grow(spec.name, now)
+
+    def _restore(self, worker: Worker, now: float, first: bool) -> None:
+        pool = self._state[worker.pool]
+        pool.ids[worker.index] = worker.id
+        self.workers[worker.id] = worker
+        pool.up = worker.want_up or (pool.up and not first)
+        if worker.want_up:
+            pool.wanting += 1
+        if worker.deadline is not None:
+            self._remember(worker.deadline, worker.id)
+        self._note_change(worker.id, worker)
+        lost = worker.state is State.LOST
+        self._say(now, "lost" if lost else "adopted", worker=worker.id, about=worker, reason=worker.reason)
 
     def remove_pool(self, name: str, now: float) -> Actions:
         """Stop and forget all its workers; the pool is gone with the last of them."""
@@ -198,7 +227,9 @@ class WorkerSet:
         pool = self._state[worker.pool]
         if worker.index < self.pools[worker.pool].workers:
             self.workers[worker.id] = replace(worker, removing=False)
+            self._note_change(worker.id, self.workers[worker.id])
             return False
+        self._note_change(worker.id, None)
         del self.workers[worker.id]
         del pool.ids[worker.index]
         pool.numbers[worker.index] = worker.generation
@@ -270,6 +301,7 @@ class WorkerSet:
         if new.exit is not None and not new.exit.at:
             new = replace(new, exit=replace(new.exit, at=self._wall(now)))
         self.workers[worker_id] = new
+        self._note_change(worker_id, new)
         if new.deadline is not None and new.deadline != old.deadline:
             self._remember(new.deadline, worker_id)
         if new.want_up != old.want_up:

@@ -22,7 +22,7 @@ ROWS = [
     "spec events record wire keys document envfile",
     "machine restart deps rollout schedule adopt lines config diff render selection plan openapi",
     "workers",
-    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs listener snapshot logfile "
+    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener snapshot logfile "
     "journal",
     "loop sim",
     "executor run foreground http operation",
@@ -34,6 +34,7 @@ LAST_PURE_ROW = ROW["workers"]
 # The few that may look sideways, importer first; one direction only.
 WITHIN_ROW = {
     ("machine", "restart"),
+    ("adopt", "machine"),
     ("__main__", "fast"),
     ("__main__", "cli"),
     ("cli", "fast"),
@@ -152,7 +153,7 @@ def wrong_layer(module: Module, found: Import) -> str | None:
     target = found.target.split(".")[1] if "." in found.target else ""
     if target == "__version__" or target == module.top or (module.top, target) in WITHIN_ROW:
         return None
-    if target == "_clone":
+    if target in ("_clone", "_pidfd", "_staging"):
         return None if row > LAST_PURE_ROW else "the pure rows do not import native code"
     if target not in ROW:
         return "import from the module that defines it; if it is one, give it a row in ROWS"

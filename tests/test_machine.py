@@ -155,6 +155,23 @@ def test_what_is_ignored_changes_nothing(state: State, kind: type[Input]) -> Non
     assert actions == ()
 
 
+def lost() -> Story:
+    """Nothing leads there but adoption."""
+    story = Story()
+    story.worker = Worker(pool="web", index=3, state=State.LOST, reason="lost:EPERM", want_up=True, generation=4)
+    return story
+
+
+@pytest.mark.parametrize(("event", "did"), [(Stop(), ()), (Remove(), (Forget(),))])
+def test_what_is_lost_is_never_signalled_and_only_an_operator_lets_go_of_it(
+    event: Input, did: tuple[Action, ...]
+) -> None:
+    story = lost().tell(Start(), Restart(), Kill(9, True))
+    assert (story.state, story.did) == (State.LOST, ())
+    story.tell(event)
+    assert (story.state, story.did, story.worker.want_up) == (State.STOPPED, did, False)
+
+
 def in_state(state: State) -> Story:
     ways: dict[State, Callable[[], Story]] = {
         State.STOPPED: lambda: running().tell(Stop()).told(Gone),
@@ -164,6 +181,7 @@ def in_state(state: State) -> Story:
         State.BACKOFF: lambda: running().told(Exited, CODE_3, True),
         State.FAILED: lambda: running(web(restart=NEVER)).told(Gone),
         State.DONE: lambda: running(web(restart=NEVER)).told(Exited, CODE_0, True).told(Gone),
+        State.LOST: lost,
     }
     return ways[state]()
 
