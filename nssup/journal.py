@@ -19,13 +19,13 @@ from nssup import render
 from nssup.events import Event
 from nssup.logs import LogHub
 from nssup.snapshot import event_document
+from nssup.spec import OWN_LOG
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Mode: TypeAlias = Literal["json", "text", "none"]
 
-LOG = "nssup"  # the name of our own log, which no pool may have
 FIRST_AFTER = 0.2  # seconds that the first events wait, so that structlog is not imported before workers are launched
 BEHIND = 256 * 1024  # bytes that stderr may be behind before events are left out there
 LAST_WAIT = 1.0  # seconds that `close` waits for a stderr that nobody reads
@@ -50,8 +50,8 @@ class Journal:
         self._log: Any = None  # structlog's, from the first event on
         self._output = _Output(hub, stderr, stderr_fd)
         if hub.has_files:
-            hub.open_pool(LOG)
-            self._output.last_ts = hub.last_ts(LOG)
+            hub.open_pool(OWN_LOG)
+            self._output.last_ts = hub.last_ts(OWN_LOG)
         self._wanted = hub.has_files or stderr != "none"
 
     def record(self, event: Event) -> None:
@@ -136,7 +136,7 @@ class _Output:
     def flush(self) -> None:
         if self._hub.has_files:
             with contextlib.suppress(KeyError):  # the log is closed: stderr still hears of it
-                self._hub.append(LOG, b"".join(self._file_lines))
+                self._hub.append(OWN_LOG, b"".join(self._file_lines))
         if self._stderr is not None:
             if missed := self._stderr.take_missed():
                 self._stderr.write([self._missed_line(missed)])
