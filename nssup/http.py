@@ -132,7 +132,9 @@ class Connection(asyncio.Protocol):
             self._advance()
 
     def eof_received(self) -> None:
-        """The client closed: the transport closes too, once everything is written."""
+        """The client closed: the transport closes too, once everything is written, or the deadline is over."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._server.limits.deadline, self._late)
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -165,7 +167,7 @@ class Connection(asyncio.Protocol):
     def _late(self) -> None:
         """The request did not arrive in time, or the last reply was not taken."""
         self._timer = None
-        if self._transport.get_write_buffer_size() or self._transport.is_closing():
+        if self._transport.is_closing() or self._transport.get_write_buffer_size():
             self._transport.abort()
         elif self._request is None and not self._http.trailing_data[0]:
             self._transport.close()
@@ -285,12 +287,12 @@ class Connection(asyncio.Protocol):
         return h11.Response(status_code=status, headers=[*headers, *closing])
 
     def _write(self, *events: h11.Event) -> None:
-        if not self._gone:
+        if not self._gone and not self._transport.is_closing():  # uvloop's raises once it is
             self._transport.write(b"".join([self._http.send(event) or b"" for event in events]))
 
     def _next(self) -> None:
         """The reply is written: the next request, or the end."""
-        if self._gone:
+        if self._gone or self._transport.is_closing():
             return
         if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE and not self._server.closing:
             self._http.start_next_cycle()

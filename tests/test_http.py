@@ -277,6 +277,15 @@ async def test_a_stream_waits_for_a_client_that_does_not_read(site: Site) -> Non
     await site.app.told_gone.wait()
 
 
+@limits(deadline=0.02)
+async def test_a_client_that_half_closes_and_does_not_read_is_cut_off(site: Site) -> None:
+    client = await site.connect(limit=1)
+    client.writer.write(GET % b"/flood")
+    await site.app.waiting.wait()
+    client.writer.write_eof()
+    await site.app.told_gone.wait()
+
+
 async def test_a_bug_in_the_app_is_a_500_and_is_told(site: Site) -> None:
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
