@@ -236,3 +236,37 @@ def test_many_results_are_counted() -> None:
 
 def test_kill_is_silent() -> None:
     assert render.results("kill", [result("web/0")]) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("document", "line"),
+    [
+        (
+            {
+                "ts": "T",
+                "event": "backed_off",
+                "worker": "web/0",
+                "from": "running",
+                "to": "backoff",
+                "reason": "exit:3",
+            },
+            "T backed_off web/0 running -> backoff (exit:3)",
+        ),
+        ({"ts": "T", "event": "scaled", "pool": "web", "detail": {"from": 1, "to": 2}}, "T scaled web from=1 to=2"),
+        ({"event": "events_lost", "detail": {"lost": 5}}, "- events_lost lost=5"),
+        (
+            {"event": "snapshot", "epoch": 1, "seq": 9, "status": {"workers": [1, 2]}},
+            "1:9 snapshot of 2 workers",
+        ),
+        ({"ts": "T", "event": "log_failed", "pool": "w", "reason": "\x1b[2J"}, "T log_failed w (\\x1b[2J)"),
+    ],
+)
+def test_an_event_in_a_line(document: dict[str, Any], line: str) -> None:
+    assert render.event(document) == line
+
+
+def test_a_record_in_a_line() -> None:
+    assert render.record("T", "web/0", "stdout", "hello", color=False) == "T web/0 stdout | hello"
+    assert render.record("T", None, "nssup", "cut", color=False) == "T - nssup | cut"
+    one, other = (render.record("T", f"web/{i}", "stdout", "x", color=True) for i in range(2))
+    assert one.replace("web/0", "web/1") != other, "each worker has its color"
