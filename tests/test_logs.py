@@ -635,6 +635,39 @@ async def test_a_torn_line_that_cannot_be_cut_off_is_ended(tmp_path: Path) -> No
     assert file.size == len(disk.content)
 
 
+async def test_each_gap_is_said_once_though_its_mark_hardly_fits(hub: LogHub) -> None:
+    pool = hub._pools["web"]
+    assert pool.file is not None
+    await pool.file.close()
+    disk = FailingFile(0)
+    pool.file._file = disk
+    writers = [Writer(), Writer()]
+    lives = [hub.attach("web", f"web/{i}", 1, writer.read_end) for i, writer in enumerate(writers)]
+    follower = hub.follow()
+    for writer in writers:
+        writer.write(b"lost\n")
+        await anext(follower)
+        await hub.flush()
+    disk.room = 200  # for a mark and a bit
+    writers[0].write(b"lost too\n")
+    await anext(follower)
+    await hub.flush()
+    disk.room = 10_000
+    writers[1].write(b"kept\n")
+    await anext(follower)
+    await hub.flush()
+    for writer, life in zip(writers, lives, strict=True):
+        writer.close()
+        hub.drain(life)
+    found = [decode(line) for line in disk.content.splitlines()]
+    assert [(record.worker, record.msg) for record in found] == [
+        ("web/0", "5 bytes of log dropped: ENOSPC"),
+        ("web/1", "5 bytes of log dropped: ENOSPC"),
+        ("web/0", "9 bytes of log dropped: ENOSPC"),
+        ("web/1", "kept"),
+    ]
+
+
 async def test_a_line_torn_in_an_earlier_run_is_ended(tmp_path: Path) -> None:
     path = tmp_path / "web.jsonl"
     path.write_bytes(lines.mark(lines.stamp(NOON), None, None, "old") + b'{"ts":"2026-')
