@@ -34,6 +34,7 @@ SCM_CREDENTIALS = 2
 _UCRED = struct.Struct("3i")
 _ANCILLARY = _socket.CMSG_SPACE(_UCRED.size)
 _DATAGRAM = 4096
+_BATCH = 64  # datagrams at a time: a life says three, and one that floods the line must not keep the supervisor
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _MFD_EXEC = 0x0010
 _SYSTEM_HINTS = {
@@ -47,8 +48,11 @@ _SYSTEM_HINTS = {
 }
 
 
-def _fail(step: wire.Step, number: int) -> LaunchError:
-    name = step.name.lower()
+def _launch_error(step: wire.Step, error: BaseException) -> BaseException:
+    """What to raise for an error at this step: a refusal of the system by its name, anything else as it is."""
+    if not isinstance(error, OSError):
+        return error
+    name, number = step.name.lower(), error.errno or errno.EIO
     return LaunchError(name, number, _SYSTEM_HINTS.get((name, number), ""))
 
 
@@ -132,12 +136,12 @@ class Launcher:
             if failed:
                 step = wire.Step(failed)
                 raise OSError(number, "clone")
-        except OSError as error:
+        except BaseException as error:
             if line is not None:
                 line.close()
             for fd in kept:
                 os.close(fd)
-            raise _fail(step, error.errno or errno.EIO) from None
+            raise _launch_error(step, error) from None
         finally:
             for fd in lent:
                 os.close(fd)
@@ -149,9 +153,9 @@ class Launcher:
             step = wire.Step.ID_MAPS
             if "user" in plan.namespaces:
                 write_id_maps(init_host_pid)
-        except OSError as error:
+        except BaseException as error:
             process.destroy()
-            raise _fail(step, error.errno or errno.EIO) from None
+            raise _launch_error(step, error) from None
         return process
 
 
@@ -278,15 +282,19 @@ class Process:
             self._socket.send(data)
 
     def receive(self) -> list[wire.Message]:
-        """All that init said since the last call; sets line_ended. Never blocks, never raises for what init sent."""
+        """What init said since the last call, up to a bound: the line stays readable while there is more.
+
+        Sets line_ended. Never blocks, never raises for what init sent.
+        """
         found: list[wire.Message] = []
-        while not self.line_ended:
+        for _ in range(_BATCH if not self.line_ended else 0):
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(_DATAGRAM, _ANCILLARY)
             except BlockingIOError:
                 break
             except ConnectionError:
-                data, ancillary = b"", []
+                # init went with a word of ours unread. The kernel says that once, and before what init said last.
+                continue
             if not data:
                 self.line_ended = True
                 break

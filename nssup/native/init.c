@@ -61,6 +61,8 @@ static struct {
 	int signals;	     /* signalfd */
 	int supervisor_watched; /* FD_SUPERVISOR is polled: always before GO, later only under POLICY_DIE */
 	int released;	     /* GO came */
+	int far_open;	     /* FD_FAR is still ours */
+	uint32_t told;	     /* the last phase that the line took: what is later waits for room */
 	int step, error;     /* of the worker's vfork child */
 } self;
 
@@ -101,12 +103,8 @@ __attribute__((noreturn)) static void quit(int code)
 
 #define close_fd(fd) sys1(__NR_close, (fd))
 
-/* --- failpoints (test builds only): stop here, so that a test can kill somebody at exactly this place ---------- */
-
-#ifdef NSSUP_FAILPOINTS
-#define failpoint(step) do { if (self.launch.options >> 24 == (uint32_t)(step)) sys2(__NR_kill, sys0(__NR_getpid), SIGSTOP); } while (0)
-#else
-#define failpoint(step) do { } while (0)
+#ifndef NSSUP_GO_DEADLINE_MS /* a test build is less patient */
+#define NSSUP_GO_DEADLINE_MS GO_DEADLINE_MS
 #endif
 
 /* --- sending ---------------------------------------------------------------------------------------------------- */
@@ -124,11 +122,17 @@ static void put(struct datagram *d, int type, const void *payload, size_t length
 	d->length += sizeof h + ((length + 7) & ~7UL);
 }
 
-/* Returns whether the line took it. */
+/* Whether it makes sense to say it again when there is room. */
+static int refused(long result)
+{
+	return result == -EAGAIN || result == -ENOBUFS || result == -ENOMEM;
+}
+
+/* Returns whether the line took it; also when nobody is there to take anything. */
 static int send_datagram(const struct datagram *d)
 {
-	return sys6(__NR_sendto, FD_LINE, (long)d->bytes, (long)d->length, MSG_DONTWAIT_FLAG | MSG_NOSIGNAL_FLAG, 0, 0) ==
-	       (long)d->length;
+	return !refused(sys6(__NR_sendto, FD_LINE, (long)d->bytes, (long)d->length,
+			     MSG_DONTWAIT_FLAG | MSG_NOSIGNAL_FLAG, 0, 0));
 }
 
 static void send_one(int type, const void *payload, size_t length)
@@ -141,7 +145,7 @@ static void send_one(int type, const void *payload, size_t length)
 /* STARTED with the credentials of ns_pid, which the kernel checks and translates: so the supervisor learns the program's
  * host PID from the kernel, at the moment when its exec has happened. Naming another process than oneself takes
  * CAP_SYS_ADMIN over the PID namespace (unix(7)), which its init has. */
-static void send_started(int ns_pid)
+static int send_started(int ns_pid)
 {
 	struct wire_started m = {self.state.generation, ns_pid};
 	struct datagram d = {0};
@@ -157,7 +161,7 @@ static void send_started(int ns_pid)
 
 	put(&d, WIRE_STARTED, &m, sizeof m);
 	iov.length = d.length;
-	sys3(__NR_sendmsg, FD_LINE, &message, MSG_DONTWAIT_FLAG | MSG_NOSIGNAL_FLAG);
+	return !refused(sys3(__NR_sendmsg, FD_LINE, &message, MSG_DONTWAIT_FLAG | MSG_NOSIGNAL_FLAG));
 }
 
 static void put_empty(struct datagram *d)
@@ -171,6 +175,66 @@ static void put_exited(struct datagram *d)
 	struct wire_exited m = {self.state.generation, 0, self.state.exit};
 	put(d, WIRE_EXITED, &m, sizeof m);
 }
+
+static void put_failed(struct datagram *d)
+{
+	struct wire_failed m = {self.state.generation, self.state.step, self.state.error, 0};
+	put(d, WIRE_FAILED, &m, sizeof m);
+}
+
+static int untold(void)
+{
+	return self.state.phase >= PHASE_RUNNING && self.state.phase != self.told;
+}
+
+/* Whether the supervisor may die with our last word unread and another one come to ask for it: then we stay until an ACK.
+ * Not under `die`, not before GO, not without a program of whom we are the custodian. What the line took is delivered
+ * even when we are gone. */
+static int has_custody(void)
+{
+	return self.released && self.state.policy == POLICY_KEEP && self.launch.options & OPTION_INIT;
+}
+
+/* Says what the phase is, EXITED and EMPTY in one datagram when both are news. A line without room is tried again when
+ * it has some. */
+static void tell(void)
+{
+	struct datagram d = {0};
+	uint32_t phase = self.state.phase;
+
+	if (phase == PHASE_RUNNING) {
+		if (send_started(self.state.ns_pid))
+			self.told = phase;
+		return;
+	}
+	if (phase == PHASE_FAILED)
+		put_failed(&d);
+	else if (self.told < PHASE_EXITED)
+		put_exited(&d);
+	if (phase != PHASE_EXITED)
+		put_empty(&d);
+	if (!send_datagram(&d))
+		return;
+	self.told = phase;
+	if (phase != PHASE_EXITED && !has_custody())
+		quit(phase == PHASE_FAILED ? 127 : 0);
+}
+
+/* --- failpoints (test builds only): stay here for ever, so that a test can kill somebody at exactly this place ----- */
+
+#ifdef NSSUP_FAILPOINTS
+static void failpoint(int step)
+{
+	if (self.launch.options >> 24 != (uint32_t)step)
+		return;
+	self.state.step = (uint32_t)step;
+	send_one(WIRE_STATE, &self.state, sizeof self.state);
+	for (;;)
+		sys5(__NR_ppoll, NULL, 0, NULL, NULL, 0);
+}
+#else
+#define failpoint(step) ((void)(step))
+#endif
 
 /* --- the launch record ------------------------------------------------------------------------------------------- */
 
@@ -296,12 +360,15 @@ static long read_record(uint8_t *data, size_t length)
 	return 0;
 }
 
-static uint8_t *map_record(int fd, size_t length)
+static long read_mapped_record(int fd, size_t length)
 {
-	if (fd < 0 || length > RECORD_MAX)
-		return NULL;
+	struct statx sx = {0};
+
+	/* behind the end of the file there is only SIGBUS */
+	if (sys5(__NR_statx, fd, "", AT_EMPTY_PATH, STATX_SIZE, &sx) < 0 || length > sx.stx_size || length > RECORD_MAX)
+		return -EBADMSG;
 	long r = sys6(__NR_mmap, 0, (long)length, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
-	return r < 0 && r > -4096 ? NULL : (uint8_t *)r;
+	return r < 0 && r > -4096 ? r : read_record((uint8_t *)r, length);
 }
 
 /* --- signals and ends ---------------------------------------------------------------------------------------------- */
@@ -326,25 +393,40 @@ static void signal_inside(int target, int signo)
 	/* SIGNAL_MAIN without a main program: it ended, or never was; the message crossed ours on the line. */
 }
 
-static void set_policy(uint32_t policy)
+/* A received descriptor takes its place among ours: closed as such, when it is not there already. */
+static void place(int *fd, int number)
 {
-	self.state.policy = policy;
-	self.supervisor_watched = policy == POLICY_DIE;
-	if (policy == POLICY_DIE)
+	if (*fd >= 0 && *fd != number) {
+		sys3(__NR_dup3, *fd, number, 0);
+		close_fd(*fd);
+	}
+	*fd = -1;
+}
+
+/* *far_end: the line's other end, which `keep` needs when it was given up under `die`; or -1. */
+static void set_policy(uint32_t policy, int *far_end)
+{
+	if (policy > POLICY_DIE || (policy == POLICY_KEEP && !self.far_open && *far_end < 0)) {
+		self.state.unknown++;
+		return;
+	}
+	if (policy == POLICY_KEEP && !self.far_open) {
+		place(far_end, FD_FAR);
+		self.far_open = 1;
+	} else if (policy == POLICY_DIE && self.far_open) {
 		close_fd(FD_FAR); /* so that the end of the line counts too: an abandoned Supervisor object */
+		self.far_open = 0;
+	}
+	self.state.policy = policy;
+	self.supervisor_watched = policy == POLICY_DIE || !self.released;
 }
 
 static void fail(int step, long negative_errno)
 {
-	struct wire_failed m = {self.state.generation, (uint32_t)step, (int32_t)-negative_errno, 0};
-	struct datagram d = {0};
-
 	self.state.phase = PHASE_FAILED;
-	self.state.step = m.step;
-	self.state.error = m.error;
-	put(&d, WIRE_FAILED, &m, sizeof m);
-	put_empty(&d);
-	send_datagram(&d);
+	self.state.step = (uint32_t)step;
+	self.state.error = (int32_t)-negative_errno;
+	tell();
 }
 
 static void note_exit(const siginfo_t *info, const struct rusage *usage)
@@ -361,12 +443,9 @@ static void note_exit(const siginfo_t *info, const struct rusage *usage)
 	e->boottime_ns = (uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec;
 }
 
-/* Reaps all that can be reaped. When the main program is among them, kills the rest. Says EXITED as soon as it is
- * known and EMPTY at ECHILD; in one datagram when both hold, as they mostly do. */
+/* Reaps all that can be reaped. When the main program is among them, kills the rest. The life is over at ECHILD. */
 static void reap(void)
 {
-	struct datagram d = {0};
-
 	for (;;) {
 		siginfo_t info;
 		struct rusage usage;
@@ -374,53 +453,42 @@ static void reap(void)
 		long r = sys5(__NR_waitid, P_ALL, 0, &info, WEXITED | WNOHANG | __WALL, &usage);
 		if (r == -EINTR)
 			continue;
-		if (r == -ECHILD && self.state.phase == PHASE_EXITED) {
+		if (r == -ECHILD && self.state.phase == PHASE_EXITED)
 			self.state.phase = PHASE_EMPTY;
-			put_empty(&d);
-		}
 		if (r < 0 || info.si_pid == 0)
 			break;
 		if (info.si_pid == self.state.ns_pid && self.state.phase == PHASE_RUNNING) {
 			note_exit(&info, &usage);
 			self.state.phase = PHASE_EXITED;
-			put_exited(&d);
 			kill_rest();
 		}
 	}
-	/* Under `die` nobody will ever ask again: what the line took is delivered even when we are gone. Under `keep` a
-	 * supervisor may die with our word unread, so its record waits here for an ACK. */
-	if (d.length && send_datagram(&d) && self.state.phase == PHASE_EMPTY && self.state.policy == POLICY_DIE)
-		quit(0);
+	if (untold())
+		tell();
 }
 
-/* Signals that reached PID 1. Only those from outside (si_pid 0) are forwarded: what a process inside sends is dropped,
- * as the kernel drops it for a PID 1 without handlers. */
+/* Signals that reached PID 1. Only those from outside (si_pid 0, which kill(2) inside cannot claim) are forwarded: what a
+ * process inside sends is dropped, as the kernel drops it for a PID 1 without handlers. One batch at a time, and reaping
+ * whatever it holds: a flood from inside must neither hide SIGCHLD nor keep us from the line. */
 static void take_signals(void)
 {
 	struct signalfd_siginfo batch[4];
 
-	for (;;) {
-		long n = sys3(__NR_read, self.signals, batch, sizeof batch);
-		if (n <= 0)
-			return;
-		for (size_t i = 0; i < (size_t)n / sizeof *batch; i++)
-			if (batch[i].ssi_signo == SIGCHLD)
-				reap();
-			else if (batch[i].ssi_pid == 0 && batch[i].ssi_code <= 0)
-				signal_inside(SIGNAL_MAIN, (int)batch[i].ssi_signo);
-	}
+	long n = sys3(__NR_read, self.signals, batch, sizeof batch);
+	if (n <= 0)
+		return;
+	for (size_t i = 0; i < (size_t)n / sizeof *batch; i++)
+		if (batch[i].ssi_signo != SIGCHLD && batch[i].ssi_pid == 0 && batch[i].ssi_code == SI_USER)
+			signal_inside(SIGNAL_MAIN, (int)batch[i].ssi_signo);
+	reap();
 }
 
 /* --- receiving ------------------------------------------------------------------------------------------------------ */
 
 static void hello(const struct wire_hello *m, int *fd)
 {
-	self.state.epoch = m->epoch;
-	if (*fd >= 0) {
-		sys3(__NR_dup3, *fd, FD_SUPERVISOR, 0);
-		close_fd(*fd);
-		*fd = -1;
-	}
+	place(fd, FD_SUPERVISOR);
+	set_policy(m->policy, fd);
 	send_one(WIRE_STATE, &self.state, sizeof self.state);
 }
 
@@ -434,7 +502,7 @@ static void go(const struct wire_go *m)
 	if (self.released)
 		return;
 	self.released = 1;
-	set_policy(m->policy);
+	set_policy(m->policy == POLICY_KEEP ? POLICY_KEEP : POLICY_DIE, &(int){-1});
 }
 
 static void take_record(uint8_t *data, size_t length, int *fd)
@@ -445,9 +513,7 @@ static void take_record(uint8_t *data, size_t length, int *fd)
 		return;
 	}
 	if (*fd >= 0 && length == sizeof(struct wire_record)) {
-		size_t size = ((struct wire_record *)data)->size;
-		uint8_t *mapped = map_record(*fd, size);
-		r = mapped ? read_record(mapped, size) : -ENOMEM;
+		r = read_mapped_record(*fd, ((struct wire_record *)data)->size);
 	} else if (length <= sizeof record_buffer) {
 		memcpy(record_buffer, data, length);
 		r = read_record(record_buffer, length);
@@ -464,9 +530,11 @@ static void acknowledged(const struct wire_ack *m)
 		quit(0);
 }
 
-/* One message of a supervisor of the newest epoch. payload is padded with zeroes to the size of its struct. */
+/* One message. *fd: the descriptor that came with its datagram, or -1 as soon as somebody has taken it. */
 static void act(int type, uint8_t *payload, size_t length, int *fd)
 {
+	static const uint32_t known = 1U << WIRE_HELLO | 1U << WIRE_GO | 1U << WIRE_SIGNAL | 1U << WIRE_POLICY |
+				      1U << WIRE_ACK | 1U << WIRE_PING;
 	union {
 		struct wire_signal signal;
 		struct wire_policy_change policy;
@@ -482,7 +550,7 @@ static void act(int type, uint8_t *payload, size_t length, int *fd)
 		return;
 	}
 	memcpy(&m, payload, length < sizeof m ? length : sizeof m);
-	if (m.epoch < self.state.epoch) {
+	if (type > WIRE_PING || !(known >> type & 1) || m.epoch < self.state.epoch) {
 		self.state.unknown++;
 		return;
 	}
@@ -492,15 +560,13 @@ static void act(int type, uint8_t *payload, size_t length, int *fd)
 	else if (type == WIRE_SIGNAL)
 		signal_inside(m.signal.target, m.signal.signo);
 	else if (type == WIRE_POLICY)
-		set_policy(m.policy.policy);
+		set_policy(m.policy.policy, fd);
 	else if (type == WIRE_ACK)
 		acknowledged(&m.ack);
 	else if (type == WIRE_HELLO)
 		hello(&m.hello, fd);
-	else if (type == WIRE_PING)
-		send_one(WIRE_STATE, &self.state, sizeof self.state);
 	else
-		self.state.unknown++;
+		send_one(WIRE_STATE, &self.state, sizeof self.state); /* PING */
 }
 
 static void take_datagram(uint8_t *data, size_t length, int *fd)
@@ -519,7 +585,7 @@ static void take_datagram(uint8_t *data, size_t length, int *fd)
 	}
 }
 
-/* The first descriptor that came along, or -1; a second one cannot: the buffer has room for one. */
+/* The descriptor that came along, or -1. The kernel drops others: there is room for one. */
 static int received_fd(const struct msghdr *m)
 {
 	const struct cmsghdr *c = m->control;
@@ -532,7 +598,7 @@ static int received_fd(const struct msghdr *m)
 static int take_line(void)
 {
 	static uint8_t bytes[RECORD_INLINE_MAX + 256] __attribute__((aligned(16)));
-	uint8_t control[24] __attribute__((aligned(8)));
+	uint8_t control[sizeof(struct cmsghdr) + sizeof(int)] __attribute__((aligned(8)));
 	struct iovec iov = {bytes, sizeof bytes};
 	struct msghdr m = {NULL, 0, &iov, 1, control, sizeof control, 0};
 
@@ -553,19 +619,23 @@ static int take_line(void)
 static void wait_event(int deadline_ms)
 {
 	struct pollfd fds[3] = {
-		{FD_LINE, POLLIN, 0},
-		{self.signals, POLLIN, 0},
+		{FD_LINE, untold() ? POLLIN | POLLOUT : POLLIN, 0},
+		{self.released ? self.signals : -1, POLLIN, 0}, /* before GO they wait for a program to go to */
 		{self.supervisor_watched ? FD_SUPERVISOR : -1, POLLIN, 0},
 	};
 	struct __kernel_timespec ts = {deadline_ms / 1000, (deadline_ms % 1000) * 1000000LL};
 
 	long n = sys5(__NR_ppoll, fds, 3, deadline_ms < 0 ? NULL : &ts, NULL, 0);
-	if (n == 0)
-		quit(1); /* nobody said GO */
+	if (n == -EINTR)
+		return;
+	if (n <= 0)
+		quit(1); /* nobody said GO; or a program of our user took the right to poll (RLIMIT_NOFILE) away */
 	if (fds[1].revents)
 		take_signals();
+	if (fds[0].revents & POLLOUT)
+		tell();
 	int line = 1;
-	if (fds[0].revents)
+	if (fds[0].revents & ~POLLOUT)
 		while ((line = take_line()) > 0)
 			if (self.released && self.state.phase == PHASE_WAITING)
 				return;
@@ -690,7 +760,11 @@ static long set_group(const struct launch *l)
 
 static long set_user(const struct launch *l)
 {
-	return l->has_identity ? sys3(__NR_setresuid, l->identity[0], l->identity[0], l->identity[0]) : 0;
+	if (!l->has_identity)
+		return 0;
+	long r = sys3(__NR_setresuid, l->identity[0], l->identity[0], l->identity[0]);
+	/* The memory is init's as well, and a change of user gives it the dumpability of fs.suid_dumpable. */
+	return r < 0 ? r : hide_memory(l);
 }
 
 /* The worker gets no capability that only init's steps needed. */
@@ -735,11 +809,25 @@ static long clean_signals(const struct launch *l)
 	return sys4(__NR_rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof none);
 }
 
+/* Without init nobody is left to watch the supervisor. This is second best: it means the thread that launched us, and an
+ * exec that gains privileges undoes it. */
+static void die_with_supervisor(void)
+{
+	struct pollfd supervisor = {FD_SUPERVISOR, POLLIN, 0};
+	struct __kernel_timespec no_time = {0};
+
+	sys5(__NR_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+	if (sys5(__NR_ppoll, &supervisor, 1, &no_time, NULL, 0) != 0)
+		quit(1); /* it died before */
+}
+
 /* Closed for real, not only at exec: an exec path could name a descriptor. */
 static long close_descriptors(const struct launch *l)
 {
 	if (l->options & OPTION_INIT)
 		return sys3(__NR_close_range, 3, ~0U, 0);
+	if (self.state.policy == POLICY_DIE)
+		die_with_supervisor();
 	/* The program will be PID 1 itself, and nobody stays to speak for it: it announces itself, and the line lasts until
 	 * the exec, to tell of its failure and, by its end, of its success. */
 	send_started((int)sys0(__NR_getpid));
@@ -818,16 +906,15 @@ static void start_child(void)
 	} else {
 		self.state.ns_pid = (int32_t)ns_pid;
 		self.state.phase = PHASE_RUNNING;
-		send_started((int)ns_pid);
+		tell();
 	}
 }
 
 /* init = false: the program takes our place. Comes back only to report that it could not. */
-__attribute__((noreturn)) static void become_program(void)
+static void become_program(void)
 {
 	worker(NULL);
 	fail(self.step, self.error);
-	quit(127);
 }
 
 /* All signals blocked (a blocked one reaches PID 1 even where its default action would be dropped), none ignored, so
@@ -845,11 +932,11 @@ static void own_signals(void)
 
 static void wait_go(void)
 {
-	self.supervisor_watched = 1;
-	while (take_line() > 0)
-		;
+	self.supervisor_watched = self.far_open = 1;
+	while (!self.released && take_line() > 0)
+		; /* what comes behind GO is for the program, when it is there */
 	while (!self.released || self.state.phase == PHASE_FAILED)
-		wait_event(GO_DEADLINE_MS);
+		wait_event(NSSUP_GO_DEADLINE_MS);
 }
 
 __attribute__((noreturn, used)) static void life(void)
