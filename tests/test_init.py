@@ -354,21 +354,29 @@ def test_a_go_that_was_said_counts_also_from_the_dead(supervisor: subprocess.Pop
     os.close(pidfd)
 
 
-@pytest.fixture(scope="session")
-def test_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """nssup-init with failpoints and little patience."""
+def built(directory: Path, *defines: str) -> Path:
+    """An nssup-init that differs from the real one as told."""
     if not shutil.which("cc"):
         pytest.skip("needs a C compiler")
-    made = tmp_path_factory.mktemp("init") / "nssup-init"
     flags = "-Os -ffreestanding -fno-builtin -fno-stack-protector -fno-pie -static -nostdlib -nostartfiles"
-    defines = ("-DNSSUP_FAILPOINTS", "-DNSSUP_GO_DEADLINE_MS=1")
-    subprocess.run(["cc", *flags.split(), *defines, "-o", made, PACKAGE / "native" / "init.c"], check=True)
+    source, made = PACKAGE / "native" / "init.c", directory / "nssup-init"
+    subprocess.run(["cc", *flags.split(), *defines, "-o", made, source], check=True)
     return made
 
 
+@pytest.fixture(scope="session")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("impatient"), "-DNSSUP_GO_DEADLINE_MS=1")
+
+
+@pytest.fixture(scope="session")
+def holding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("holding"), "-DNSSUP_FAILPOINTS")
+
+
 @pytest.mark.parametrize("with_record", [False, True])
-def test_a_go_that_does_not_come(test_build: Path, with_record: bool, canary: Path) -> None:
-    with ByHand(init=test_build) as init:
+def test_a_go_that_does_not_come(impatient: Path, with_record: bool, canary: Path) -> None:
+    with ByHand(init=impatient) as init:
         if with_record:
             # It may be gone before we speak.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -807,9 +815,8 @@ HOLDABLE = [step for step in Step if step >= Step.PID_ONE and step not in (Step.
 
 @pytest.mark.parametrize("step", HOLDABLE, ids=[step.name for step in HOLDABLE])
 @pytest.mark.parametrize("with_init", [True, False])
-def test_a_kill_at_any_step_leaves_nothing(step: Step, with_init: bool, test_build: Path, canary: Path) -> None:
-    with ByHand("mount", "uts", "ipc", init=test_build) as init:
-        init.stop()  # or it would lose its patience
+def test_a_kill_at_any_step_leaves_nothing(step: Step, with_init: bool, holding: Path, canary: Path) -> None:
+    with ByHand("mount", "uts", "ipc", init=holding) as init:
         options = record.options_of(plan_of("/bin/true")) & ~record.OPTION_INIT | step << 24
         options |= record.OPTION_INIT if with_init else 0
         plan = leaving(canary)
@@ -819,7 +826,6 @@ def test_a_kill_at_any_step_leaves_nothing(step: Step, with_init: bool, test_bui
         encoded = encoded.replace(right, field(record.FIELD_OPTIONS, struct.pack("<I", options)))
         init.say(wire.record_inline(encoded))
         init.say_go()
-        init.go_on()
         assert init.hear(wire.State).step == step
         tree = tree_of(init.host_pid)
         assert len(tree) == (with_init and step >= Step.SESSION)
