@@ -11,11 +11,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import signal
 import struct
 from pathlib import Path
 
-from nssup import _clone, record, wire
+from nssup import _clone, _pidfd, record, wire
 from nssup.errors import LaunchError
 from nssup.events import Exit
 
@@ -106,6 +107,11 @@ class Launcher:
             on_error.callback(os.close, self._null)
             self._mount_id = root_mount_id()
             self._closes = on_error.pop_all()
+
+    @property
+    def own_pidfd(self) -> int:
+        """A pidfd of this process, which inits hold to see its end."""
+        return self._self
 
     def close(self) -> None:
         self._closes.close()
@@ -228,6 +234,7 @@ class Process:
     """
 
     __slots__ = (
+        "_awaits_state",
         "_epoch",
         "_socket",
         "_token",
@@ -266,6 +273,7 @@ class Process:
         self.unknown = 0
         self._epoch = epoch
         self._token = token
+        self._awaits_state = False
 
     @property
     def line(self) -> int:
@@ -300,8 +308,16 @@ class Process:
                 break
             messages, unknown = wire.decode(data, _sender(ancillary))
             self.unknown += unknown
-            found += messages
+            found += self._ours(messages) if self._awaits_state else messages
         return found
+
+    def _ours(self, messages: list[wire.Message]) -> list[wire.Message]:
+        """What counts of messages while init has not answered `hello`: from its State under our epoch on."""
+        for number, message in enumerate(messages):
+            if isinstance(message, wire.State) and message.epoch == self._epoch:
+                self._awaits_state = False
+                return messages[number:]
+        return []
 
     def signal(self, signo: int, *, tree: bool = False) -> None:
         """Send signo to the program, or to every process of the namespace but init (tree)."""
@@ -331,10 +347,42 @@ class Process:
         try:
             found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
-            return Exit(reason="init-killed")  # somebody else in this program reaped it: nobody knows the code
+            # Adopted, or somebody else in this program reaped it: nobody knows the code.
+            return Exit(reason="init-killed") if _readable(self.pidfd) else None
         if found is None:
             return None
         return exit_of(found.si_code, found.si_status) if not self.has_init else Exit(reason="init-killed")
+
+    @classmethod
+    def adopt(cls, pidfd: int, init_host_pid: int, generation: int, epoch: int) -> "Process":
+        """A life that another supervisor launched, by a pidfd of its init, which is ours from here on if this succeeds.
+
+        Takes copies of what init kept. Nothing said before counts: call `hello`, and init says everything anew.
+        Raises OSError when the kernel does not let us have them.
+        """
+        line = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, _pidfd.getfd(pidfd, wire.Fd.FAR))
+        try:
+            stdout = _log_of(pidfd, init_host_pid, wire.Fd.STDOUT_LOG)
+            try:
+                stderr = _log_of(pidfd, init_host_pid, wire.Fd.STDERR_LOG)
+            except OSError as error:
+                if error.errno not in (errno.EBADF, errno.ENOENT):
+                    os.close(stdout)
+                    raise
+                stderr = -1  # it goes into the same pipe
+        except OSError:
+            line.close()
+            raise
+        plan = record.Plan(generation, (), (), (), frozenset(), die=False)
+        process = cls(pidfd, init_host_pid, line, (stdout, stderr), plan, epoch, b"")
+        process._awaits_state = True
+        return process
+
+    def hello(self, own_pidfd: int) -> None:
+        """Tell init that we are its supervisor now; it answers with its State, and only what follows is listened to."""
+        rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", [own_pidfd]))
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionError):
+            self._socket.sendmsg([wire.hello(self._epoch, self.policy)], [rights])
 
     def take_logs(self) -> tuple[int | None, int | None]:
         """The read ends of the log pipes; whoever takes them closes them."""
@@ -358,9 +406,25 @@ class Process:
         if self.pidfd < 0:
             return
         self.kill()
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        while not _readable(self.pidfd, None):
+            continue
+        with contextlib.suppress(ChildProcessError):  # adopted: somebody else reaps it
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         self.close()
+
+
+def _readable(fd: int, timeout: float | None = 0) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout))
+
+
+def _log_of(pidfd: int, host_pid: int, number: int) -> int:
+    """A read end that init keeps. Where the kernel refuses the copy, /proc still opens the pipe. Raises OSError."""
+    try:
+        return _pidfd.getfd(pidfd, number)
+    except PermissionError:
+        return os.open(f"/proc/{host_pid}/fd/{number}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _sender(ancillary: list[tuple[int, int, bytes]]) -> int:

@@ -592,13 +592,12 @@ def _limit_warnings(spec: PoolSpec, facts: Facts) -> list[tuple[Path, str]]:
 
 
 def _custody_warnings(pool: _Pool, spec: PoolSpec) -> list[tuple[Path, str]]:
+    if spec.init:
+        return []
     found: list[tuple[Path, str]] = []
     if spec.on_supervisor_death == "keep" and "on_supervisor_death" in pool.table:
-        why = f'this version ({__version__}) cannot take lives over yet, workers die with the supervisor: "die" says so'
+        why = 'without init nobody keeps a life for the next supervisor, and it ends with this one: "die" says so'
         found.append((("on_supervisor_death",), why))
-    if not spec.init:
-        why = (
-            "without init nobody reaps orphans or keeps exits for the next supervisor: only for programs that are inits"
-        )
-        found.append((("init",), why))
+    why = "without init nobody reaps orphans or keeps exits for the next supervisor: only for programs that are inits"
+    found.append((("init",), why))
     return found

@@ -1,4 +1,4 @@
-"""The supervisor's own directories: made, and locked against a second supervisor.
+"""What outlives a supervisor: its directories, locked against a second one, and the custody of its workers' lives.
 
 Source: fcntl(2), POSIX record locks. Such a lock is free at once when its process dies, although a clone's child may
 still hold copies of the descriptors; any close of the file in the process drops it, so the descriptor is kept for life.
@@ -9,8 +9,12 @@ import errno
 import fcntl
 import os
 from pathlib import Path
+from typing import NamedTuple
 
-from nssup.errors import ControlError
+from nssup import adopt, clone, lives, record
+from nssup.errors import ControlError, errno_name
+from nssup.events import State
+from nssup.machine import Worker
 from nssup.spec import SupervisorSpec
 
 
@@ -98,3 +102,140 @@ def _next_epoch(path: Path) -> int:
             fresh.unlink()
         raise ControlError("directory", f"cannot write {path}: {error.strerror}") from None
     return epoch
+
+
+# --- lives -----------------------------------------------------------------------------------------------------------
+
+
+class Claim(NamedTuple):
+    """One worker taken over. processes: its lives that are still there, `hello` not said yet."""
+
+    adopted: adopt.Adopted
+    processes: tuple[clone.Process, ...]
+
+
+class Custody:
+    """Notes every change of a worker before it is acted on, and takes over the lives that a dead supervisor noted.
+
+    failed: the notes could not be written: lives launched from then on must die with us. strange: notes that were torn
+    or forged, a line each.
+    """
+
+    def __init__(self, path: Path, epoch: int, own_pidfd: int) -> None:
+        """Raises ControlError when the file of notes cannot be had."""
+        self._epoch = epoch
+        self._own_pidfd = own_pidfd
+        self._identities: dict[tuple[str, int], lives.Identity] = {}
+        self._newest: dict[str, int] = {}
+        self.failed: OSError | None = None
+        try:
+            self._lives = lives.Lives(path, epoch)
+            slots, self.strange = self._lives.read()
+        except OSError as error:
+            raise ControlError("directory", f"cannot use {path}: {error.strerror}") from None
+        self._slots: dict[str, list[record.Slot]] = {}
+        for slot in slots:
+            self._slots.setdefault(slot.worker, []).append(slot)
+
+    def close(self) -> None:
+        self._lives.close()
+
+    # --- noting ------------------------------------------------------------------------------------------------------
+
+    def born(self, worker_id: str, process: clone.Process) -> None:
+        """A life was cloned: from its next change on, its init is in the notes."""
+        key = worker_id, process.generation
+        self._identities[key] = lives.identify(process.pidfd, process.init_host_pid)
+
+    def changed(self, worker_id: str, worker: Worker | None) -> None:
+        """Note the worker as it is now; None: it is forgotten."""
+        try:
+            if worker is None:
+                self._forget_worker(worker_id)
+            else:
+                self._note(worker_id, worker)
+        except OSError as error:
+            self.failed = error
+
+    def _note(self, worker_id: str, worker: Worker) -> None:
+        key = worker_id, worker.generation
+        before = self._newest.get(worker_id)
+        self._newest[worker_id] = worker.generation
+        identity = self._identities.get(key, lives.Identity())
+        self._lives.write(worker_id, worker.generation, _step(worker, identity), identity, adopt.keep(worker))
+        if before is not None and before != worker.generation and (worker_id, before) not in self._identities:
+            self._lives.forget(worker_id, before)
+
+    def _forget_worker(self, worker_id: str) -> None:
+        generation = self._newest.pop(worker_id, None)
+        if generation is not None:
+            self._lives.forget(worker_id, generation)
+
+    def reaped(self, worker_id: str, generation: int) -> None:
+        """A life's init is gone. Its note goes with it, unless it is the worker's own."""
+        self._identities.pop((worker_id, generation), None)
+        if self._newest.get(worker_id) != generation:
+            try:
+                self._lives.forget(worker_id, generation)
+            except OSError as error:
+                self.failed = error
+
+    # --- taking over -----------------------------------------------------------------------------------------------
+
+    def unclaimed(self) -> set[str]:
+        """Pools that notes speak of and nobody claimed yet."""
+        return {worker_id.partition("/")[0] for worker_id in self._slots}
+
+    def claim(self, pool: str) -> list[Claim]:
+        """The workers of a pool that a supervisor before us had."""
+        claims = []
+        for worker_id in [one for one in self._slots if one.partition("/")[0] == pool]:
+            claim = self._claim(worker_id, self._slots.pop(worker_id))
+            if claim is not None:
+                claims.append(claim)
+        return claims
+
+    def _claim(self, worker_id: str, slots: list[record.Slot]) -> Claim | None:
+        slots.sort(key=lambda slot: slot.generation)
+        newest = slots[-1]
+        processes, facts = [], {}
+        for slot in slots:
+            process, facts[slot.generation] = self._take(slot)
+            if process is not None:
+                processes.append(process)
+                self._identities[worker_id, slot.generation] = _identity(slot)
+            elif slot is not newest:
+                self._lives.forget(worker_id, slot.generation)
+        older = tuple(process.generation for process in processes if process.generation != newest.generation)
+        adopted = adopt.adopt(newest, facts[newest.generation], older)
+        if adopted is None:
+            self.strange.append(f"the note of {worker_id} cannot be read: left alone")
+            for process in processes:
+                process.close()
+            return None
+        self._newest[worker_id] = newest.generation
+        return Claim(adopted, tuple(processes))
+
+    def _take(self, slot: record.Slot) -> tuple[clone.Process | None, adopt.Fact]:
+        pidfd, fact = lives.find(slot, self._own_pidfd)
+        if pidfd is None:
+            return None, fact
+        try:
+            return clone.Process.adopt(pidfd, slot.init_host_pid, slot.generation, self._epoch), fact
+        except OSError as error:
+            gone = lives.ended(pidfd)
+            os.close(pidfd)
+            return None, adopt.Fact(gone=gone, why=errno_name(error.errno or errno.EIO))
+
+
+def _identity(slot: record.Slot) -> lives.Identity:
+    return lives.Identity(slot.init_host_pid, slot.handle, slot.pidfd_inode, slot.init_start_time)
+
+
+def _step(worker: Worker, identity: lives.Identity) -> int:
+    """How far its newest life is, in the words of the notes."""
+    if not worker.alive:
+        return record.SLOT_OVER
+    if not identity.init_host_pid:
+        return record.SLOT_SPAWNING
+    return record.SLOT_STOPPING if worker.state is State.STOPPING else record.SLOT_RELEASED

@@ -458,7 +458,7 @@ POOL = {
     "on_supervisor_death": Key(
         one_of("keep", "die"),
         '"keep"',
-        "What becomes of the workers. This version cannot take lives over yet: they die.",
+        "When the supervisor dies: go on until the next one takes them over, or end too. Without `init` they end.",
     ),
     "init": Key(
         FLAG,

@@ -10,15 +10,15 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
 import msgspec
 
-from nssup import __version__, clone, machine, plan, procfs, wire
-from nssup.custody import Directories
-from nssup.errors import LaunchError, Problem, SpecError, errno_name
+from nssup import __version__, adopt, clone, config, machine, plan, procfs, wire
+from nssup.custody import Custody, Directories
+from nssup.errors import LaunchError, errno_name
 from nssup.events import (
     Empty,
     Event,
@@ -37,9 +37,8 @@ from nssup.events import (
 from nssup.facts import Host
 from nssup.journal import Journal, Mode
 from nssup.logs import LogHub, Streams
-from nssup.record import Identity
 from nssup.selection import pool_of
-from nssup.spec import PoolSpec, SupervisorSpec, User
+from nssup.spec import PoolSpec, SupervisorSpec, validate
 from nssup.watch import Watch
 from nssup.workers import Actions, WorkerSet
 
@@ -58,14 +57,14 @@ def now() -> float:
 class _Life:
     """One life of a worker as the shell holds it. Flags keep what init says once from being believed twice."""
 
-    __slots__ = ("exited", "failed", "over", "pool", "process", "running", "streams", "worker_id")
+    __slots__ = ("adopted", "exited", "failed", "over", "pool", "process", "running", "streams", "worker_id")
 
     def __init__(self, worker_id: str, pool: str, process: clone.Process) -> None:
         self.worker_id = worker_id
         self.pool = pool
         self.process = process
         self.streams: Streams | None = None
-        self.running = self.failed = self.exited = self.over = False
+        self.adopted = self.running = self.failed = self.exited = self.over = False
 
 
 class Supervisor:
@@ -96,6 +95,8 @@ class Supervisor:
         self._alarm_at: float | None = None
         self._rested: asyncio.Future[None] | None = None
         self._shutdown: asyncio.Future[None] | None = None
+        self._custody: Custody | None = None
+        self.leaving = False
         self._closes = contextlib.ExitStack()
 
     # --- opening and closing -------------------------------------------------------------------------------------
@@ -111,11 +112,17 @@ class Supervisor:
                 self.epoch, log_dir = directories.epoch, Path(self.spec.log_dir)
             self._launcher = clone.Launcher(self.epoch)
             opened.callback(self._launcher.close)
+            if self.spec is not None:
+                notes = Path(self.spec.runtime_dir, "lives")
+                self._custody = Custody(notes, self.epoch, self._launcher.own_pidfd)
+                opened.callback(self._custody.close)
             self.logs = LogHub(self._loop, log_dir, time.time, on_error=self._log_failed)
             self._watch = Watch(self._loop)
             opened.callback(self._watch.close)
             self._journal = Journal(self.logs, self._stderr)
-            self.workers = WorkerSet(self._publish, epoch=self.epoch, seed=str(self.epoch), wall=self.wall)
+            self.workers = WorkerSet(
+                self._publish, epoch=self.epoch, seed=str(self.epoch), wall=self.wall, changed=self._changed
+            )
             self._shutdown = self._loop.create_future()
             self._tasks = await asyncio.TaskGroup().__aenter__()
             self._tasks.create_task(self.logs.run(), name="nssup-logs")
@@ -126,28 +133,38 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and not self.leaving:
                 await self.stop_all()
         finally:
             self._end_lives()
             try:
                 self._journal.close()
                 await self.logs.close()
-                await self._tasks.__aexit__(kind, error, trace)
+                await self._tasks.__aexit__(None, None, None)
             finally:
                 self._closes.close()
 
     def _end_lives(self) -> None:
-        """Whatever still lives when the context is left by an error: killed, waited for, closed."""
+        """Whatever still lives: let go if we leave and it may stay, else killed, waited for, closed."""
         self._launches.clear()
         if self._alarm is not None:
             self._alarm.cancel()
         lives, self._lives = list(self._lives.values()), {}
-        for life in lives:
+        staying = [life for life in lives if self.leaving and life.process.policy is wire.Policy.KEEP]
+        for life in staying:
+            self._forget_descriptors(life)
+            life.process.close()
+        ending = [life for life in lives if life not in staying]
+        for life in ending:
             life.process.kill()
-        for life in lives:
+        for life in ending:
             self._forget_descriptors(life)
             life.process.destroy()
+
+    def leave_running(self) -> None:
+        """From now on ending means to let go: who may outlive us goes on, and the next supervisor adopts it."""
+        self.leaving = True
+        self.shutdown()
 
     async def stop_all(self) -> None:
         """Stop every worker by its stop sequence, pools in reverse order, and wait until each is proven gone."""
@@ -205,11 +222,50 @@ class Supervisor:
     def add_pool(self, spec: PoolSpec) -> None:
         """Add a pool and start its workers if it is enabled.
 
-        Raises SpecError (unknown user or group), ControlError (there is one of this name).
+        Those that a dead supervisor left are taken over as they are. Raises SpecError (the spec is wrong, unknown
+        user), ControlError (there is a pool of this name).
         """
-        self._prepared[spec.name] = plan.prepare(spec, account(spec, self._host), self._environ, self._privileged)
+        account = plan.Account(*config.account(validate(spec), self._host))
+        self._prepared[spec.name] = plan.prepare(spec, account, self._environ, self._privileged)
         self.logs.open_pool(spec.name)
-        self._do(self.workers.add_pool(spec, now()))
+        claims = self._custody.claim(spec.name) if self._custody else []
+        for claim in claims:
+            for process in claim.processes:
+                self._adopt(claim.adopted.worker, process)
+        self._do(self.workers.add_pool(spec, now(), [claim.adopted.worker for claim in claims]))
+        for claim in claims:
+            for event in claim.adopted.events:
+                self.feed(claim.adopted.worker.id, event)
+
+    def add_pools(self, specs: Iterable[PoolSpec]) -> None:
+        """Add all pools there are to be. Workers of other pools, left by a dead supervisor, are stopped."""
+        for spec in specs:
+            self.add_pool(spec)
+        for pool in sorted(self._custody.unclaimed()) if self._custody else ():
+            self.add_pool(PoolSpec(name=pool, command=("-",), workers=0, enabled=False))
+            self.remove_pool(pool)
+        for what in self._custody.strange if self._custody else ():
+            self.workers.note("slot_set_aside", now(), reason=what)
+
+    def _adopt(self, worker: machine.Worker, process: clone.Process) -> None:
+        life = _Life(worker.id, worker.pool, process)
+        life.adopted = True
+        self._lives[worker.id, process.generation] = life
+        streams = self._attach(life)
+        if worker.generation == process.generation and worker.last_host_pid is not None:
+            streams.identify(worker.last_host_pid, worker.last_ns_pid or 0)
+        self._watch_life(life)
+        process.hello(self._launcher.own_pidfd)
+
+    def _watch_life(self, life: _Life) -> None:
+        self._watch.add(life.process.line, lambda: self._on_line(life))
+        self._watch.add(life.process.pidfd, lambda: self._on_gone(life))
+
+    def is_adopted(self, worker_id: str) -> bool:
+        """Whether the worker's present life was launched by a supervisor before this one."""
+        worker = self.workers.workers[worker_id]
+        life = self._lives.get((worker_id, worker.generation))
+        return life is not None and life.adopted
 
     def remove_pool(self, name: str) -> None:
         """Stop and forget a pool; `pool_removed` tells when it is gone."""
@@ -300,12 +356,15 @@ class Supervisor:
         except LaunchError as error:
             self.feed(worker_id, LaunchFailed(generation, f"setup-failed:{error.step}:{errno_name(error.errno)}"))
             return
-        process.go()
         life = _Life(worker_id, worker.pool, process)
         self._lives[worker_id, generation] = life
-        self._watch.add(process.line, lambda: self._on_line(life))
-        self._watch.add(process.pidfd, lambda: self._on_gone(life))
+        if self._custody:
+            self._custody.born(worker_id, process)
         self.feed(worker_id, Launched(generation, process.init_host_pid))
+        if self._custody is None or self._custody.failed:
+            process.policy = wire.Policy.DIE  # who is in no notes must not be left behind
+        process.go()  # the life is in the notes: now it may run
+        self._watch_life(life)
 
     # --- what a life says ------------------------------------------------------------------------------------------
 
@@ -322,8 +381,10 @@ class Supervisor:
 
     def _take(self, life: _Life, message: wire.Message, empty: bool) -> None:
         generation = life.process.generation
-        if isinstance(message, wire.Started):
-            if not life.running and life.streams is None:
+        if isinstance(message, wire.State):
+            self._told_state(life, message)
+        elif isinstance(message, wire.Started):
+            if not life.running:
                 self._started(life, message)
         elif isinstance(message, wire.Exited):
             if not life.exited and not life.over:
@@ -339,11 +400,31 @@ class Supervisor:
             life.failed = True
             self.feed(life.worker_id, SetupFailed(generation, wire.failure_reason(message.step, message.errno)))
 
+    def _told_state(self, life: _Life, state: wire.State) -> None:
+        """What the init of an adopted life says of it."""
+        if not life.adopted or life.over or life.exited:
+            return
+        worker = self.workers.workers.get(life.worker_id)
+        if worker is not None and worker.generation == state.generation and worker.alive:
+            ended = clone.exit_of_message(state.exit) if state.exit.code else None
+            for event in adopt.said(worker, state, ended):
+                self.feed(life.worker_id, event)
+        life.exited = state.phase >= wire.Phase.EXITED
+        if state.phase in (wire.Phase.EMPTY, wire.Phase.FAILED):
+            self._over(life)
+
     def _started(self, life: _Life, message: wire.Started) -> None:
         """Its output is read from here on and not before, so that every record has both PIDs."""
         generation = life.process.generation
         streams = self._attach(life)
         streams.identify(message.host_pid, message.ns_pid)
+        if life.adopted:
+            life.running = True
+            worker = self.workers.workers.get(life.worker_id)
+            if worker is not None and worker.generation == generation and worker.alive:
+                for event in adopt.known(worker, message.host_pid, message.ns_pid):
+                    self.feed(life.worker_id, event)
+            return
         self.feed(life.worker_id, Started(generation, message.host_pid, message.ns_pid))
         if life.process.has_init:
             life.running = True
@@ -387,6 +468,8 @@ class Supervisor:
         self._forget_descriptors(life)
         life.process.close()
         self._lives.pop((life.worker_id, generation), None)
+        if self._custody:
+            self._custody.reaped(life.worker_id, generation)
         if life.worker_id in self.workers.workers:
             self.feed(life.worker_id, Gone(generation, seen))
 
@@ -417,6 +500,13 @@ class Supervisor:
         self._alarm = self._alarm_at = None
         self._do(self.workers.due(now()))
 
+    # --- keeping -----------------------------------------------------------------------------------------------------
+
+    def _changed(self, worker_id: str, worker: machine.Worker | None) -> None:
+        """The notes come before the deed: whoever comes after us must know what we were about to do."""
+        if self._custody:
+            self._custody.changed(worker_id, worker)
+
     # --- publishing --------------------------------------------------------------------------------------------------
 
     def _publish(self, event: Event) -> None:
@@ -436,38 +526,3 @@ class Supervisor:
 def _text(record: bytes) -> str:
     fields = msgspec.json.decode(record)
     return fields["msg"] if "msg" in fields else msgspec.json.encode(fields.get("data")).decode()
-
-
-def account(spec: PoolSpec, host: Host) -> plan.Account:
-    """Who the workers of spec run as. Raises SpecError for a user or group that is not there."""
-    own = host.user(str(host.uid))
-    if spec.user is None and spec.group is None and spec.groups is None:
-        return plan.Account(None, own)
-    user = own if spec.user is None else host.user(spec.user)
-    if user is None:
-        raise _unknown(spec, "user", spec.user or str(host.uid))
-    gid = user.gid
-    if spec.group is not None:
-        found = host.group(spec.group)
-        if found is None:
-            raise _unknown(spec, "group", spec.group)
-        gid = found
-    return plan.Account(Identity(user.uid, gid, _groups(spec, host, user)), user)
-
-
-def _groups(spec: PoolSpec, host: Host, user: User) -> tuple[int, ...]:
-    if spec.groups is None:
-        return host.groups_of(user)
-    gids = []
-    for name in spec.groups:
-        gid = host.group(name)
-        if gid is None:
-            raise _unknown(spec, "groups", name)
-        gids.append(gid)
-    return tuple(gids)
-
-
-def _unknown(spec: PoolSpec, key: str, name: str) -> SpecError:
-    return SpecError(
-        Problem("", 0, 0, f"pool.{spec.name}.{key}", f"there is no {key.rstrip('s')} {name!r} on this host")
-    )

@@ -106,8 +106,8 @@ class Prepared(NamedTuple):
             hostname=None if spec.hostname is None else _bytes(fill(spec.hostname)),
             proc=spec.proc,
             init=spec.init,
-            # Until a supervisor can adopt, a worker that outlived its own would be started a second time.
-            die=True,
+            # Without init nobody would keep its output and its end for the next supervisor.
+            die=spec.on_supervisor_death == "die" or not spec.init,
             identity=self.identity,
             umask=spec.umask,
             rlimits=self.rlimits,

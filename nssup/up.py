@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from nssup.config import Config
 from nssup.errors import ExitCode
 from nssup.events import Event
+from nssup.listener import listen
 from nssup.loop import Supervisor
 
 
@@ -82,17 +83,19 @@ async def _serve(config: Config, for_seconds: float | None) -> int:
         verdict = _Verdict(config, supervisor)
         supervisor.subscribe(verdict.note)
         with _signals(verdict, supervisor), contextlib.ExitStack() as ended:
-            for spec in config.pools.values():
-                supervisor.add_pool(spec)
+            socket = listen(config.supervisor.socket, lock_held=True)  # if it is not to be had, nothing is started
+            ended.callback(socket.close)
+            supervisor.add_pools(config.pools.values())
             if for_seconds is not None:
                 ended.callback(asyncio.get_running_loop().call_later(for_seconds, verdict.end).cancel)
             await asyncio.sleep(0)  # the first launches go before the imports of the control side
             from nssup.ctl import ControlServer
 
-            async with ControlServer(supervisor, config.supervisor.socket):
+            async with ControlServer(supervisor, socket):
                 await supervisor.wait_shutdown()
                 verdict.end()
-                await supervisor.stop_all()
+                if not supervisor.leaving:
+                    await supervisor.stop_all()
     return verdict.exit_code()
 
 

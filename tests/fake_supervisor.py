@@ -91,6 +91,9 @@ class Supervisor:
         self.stats_read += 1
         return Used(0.125, 3 << 20)
 
+    def is_adopted(self, worker_id: str) -> bool:
+        return False
+
     def namespaces(self, worker_id: str) -> dict[str, int]:
         return {"pid": 4026532201, "mount": 4026532200}
 

@@ -767,13 +767,18 @@ def test_which_config_is_found(files: set[str], environ: dict[str, str], found: 
     ("text", "line"),
     [
         ("directory = '/nowhere'", '4:1: warning: pool.p.directory: there is no directory "/nowhere" on this host: make it'),
-        ("on_supervisor_death = 'keep'", "4:1: warning: pool.p.on_supervisor_death: this version (0.1.0) cannot take lives over yet, workers die with the supervisor: \"die\" says so"),
         ("init = false", "4:1: warning: pool.p.init: without init nobody reaps orphans or keeps exits for the next supervisor: only for programs that are inits"),
         ("env.PATH = '/sbin'", '3:1: warning: pool.p.command: there is no program "app" in PATH: install it, or correct the name'),
     ],
 )  # fmt: skip
 def test_warnings(text: str, line: str) -> None:
     assert warned(text) == ["n.toml:" + line]
+
+
+def test_keep_needs_an_init() -> None:
+    assert warned("on_supervisor_death = 'keep'") == []
+    lines = warned("on_supervisor_death = 'keep'\ninit = false")
+    assert [line.split(": ")[2] for line in lines] == ["pool.p.on_supervisor_death", "pool.p.init"]
 
 
 @pytest.mark.parametrize(

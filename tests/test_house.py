@@ -19,11 +19,11 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 # A module imports from the rows above it in this table, never from its own.
 ROWS = [
     "errors units locate",
-    "spec events record wire keys document envfile",
+    "spec events record wire keys document envfile handover",
     "machine restart deps rollout schedule adopt lines config diff render selection plan openapi",
     "workers",
-    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener snapshot logfile "
-    "journal",
+    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging snapshot "
+    "logfile journal",
     "loop sim",
     "executor run foreground http operation",
     "ctl client",
@@ -35,6 +35,8 @@ LAST_PURE_ROW = ROW["workers"]
 WITHIN_ROW = {
     ("machine", "restart"),
     ("adopt", "machine"),
+    ("custody", "clone"),
+    ("custody", "lives"),
     ("__main__", "fast"),
     ("__main__", "cli"),
     ("cli", "fast"),

@@ -485,11 +485,16 @@ static void take_signals(void)
 
 /* --- receiving ------------------------------------------------------------------------------------------------------ */
 
+/* Everything is said again: what was said before may have died with whoever read it. */
 static void hello(const struct wire_hello *m, int *fd)
 {
+	if (!self.released)
+		quit(1); /* who cloned us is gone without a GO, and nobody else may give it */
 	place(fd, FD_SUPERVISOR);
 	set_policy(m->policy, fd);
 	send_one(WIRE_STATE, &self.state, sizeof self.state);
+	if (self.state.phase == PHASE_RUNNING)
+		send_started(self.state.ns_pid);
 }
 
 static void go(const struct wire_go *m)
