@@ -116,11 +116,14 @@ class Launcher:
     def close(self) -> None:
         self._closes.close()
 
-    def launch(self, plan: record.Plan, *, stdio: tuple[int, int, int] | None = None, merge: bool = False) -> "Process":
+    def launch(
+        self, plan: record.Plan, *, stdio: tuple[int, int, int] | None = None, merge: bool = False, staging: int = -1
+    ) -> "Process":
         """Clone init for this plan; nothing of the program runs before Process.go.
 
         stdio: descriptors for the program's 0, 1, 2 (the caller keeps them). None: stdin is /dev/null, stdout and
-        stderr are pipes whose read ends the Process has (one pipe for both with merge).
+        stderr are pipes whose read ends the Process has (one pipe for both with merge). staging: a descriptor that init
+        keeps for the next supervisor; -1: none.
         Raises LaunchError; then nothing is left behind.
         """
         step = wire.Step.LINE
@@ -137,7 +140,7 @@ class Launcher:
                 stdio = (null, out, err)
             else:
                 out_log = err_log = -1
-            fds = (null, null, null, theirs, line.fileno(), self._self, out_log, err_log, *stdio, self._init)
+            fds = (null, null, null, theirs, line.fileno(), self._self, out_log, err_log, *stdio, staging, self._init)
             pidfd, init_host_pid, failed, number = _clone.clone(_flags(plan.namespaces), fds, -1)
             if failed:
                 step = wire.Step(failed)
@@ -377,6 +380,15 @@ class Process:
         process = cls(pidfd, init_host_pid, line, (stdout, stderr), plan, epoch, b"")
         process._awaits_state = True
         return process
+
+    def staging(self) -> int | None:
+        """A copy of the staging memory that init keeps, the caller's; None: it keeps none. Raises OSError."""
+        try:
+            return _pidfd.getfd(self.pidfd, wire.Fd.STAGING)
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.ESRCH):
+                return None
+            raise
 
     def hello(self, own_pidfd: int) -> None:
         """Tell init that we are its supervisor now; it answers with its State, and only what follows is listened to."""

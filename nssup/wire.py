@@ -31,8 +31,9 @@ class Fd(enum.IntEnum):
     WORKER_STDIN = 8
     WORKER_STDOUT = 9
     WORKER_STDERR = 10
-    INIT_EXE = 11
-    COUNT = 12
+    STAGING = 11
+    INIT_EXE = 12
+    COUNT = 13
 
 
 class Type(enum.IntEnum):

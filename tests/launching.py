@@ -214,6 +214,7 @@ class ByHand:
                 null,
                 write,
                 write,
+                -1,
                 program,
             )
             flags = sum(CLONE_NEW[name] for name in {"pid", *namespaces})

@@ -18,8 +18,9 @@ enum {
 	FD_WORKER_STDIN = 8, /* what becomes the worker's 0, 1, 2 */
 	FD_WORKER_STDOUT = 9,
 	FD_WORKER_STDERR = 10,
-	FD_INIT_EXE = 11, /* the sealed memfd, gone at exec */
-	FD_COUNT = 12,
+	FD_STAGING = 11,  /* the pool's staging memory: init only keeps it */
+	FD_INIT_EXE = 12, /* the sealed memfd, gone at exec */
+	FD_COUNT = 13,
 };
 
 /* --- messages ------------------------------------------------------------------------------------------------
