@@ -21,7 +21,7 @@ from nssup.record import Identity, Plan
 if TYPE_CHECKING:
     from types import FrameType
 
-    from nssup.terminal import Relay, Terminal
+    from nssup.terminal import Relay
 
 DEFAULT_NAMESPACES = ("pid", "mount", "uts", "ipc")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -129,26 +129,27 @@ def _run(options: Options, signals: "Signals", deadline: float | None) -> int:
     plan = plan_of(options, os.environ, tty)
     if not tty:
         return Life(plan, signals, deadline, options.verbose, None).run((0, 1, 2))
-    relay, terminal = _open_terminal(plan.identity)
-    try:
-        if terminal:
-            terminal.make_raw()
-        return Life(plan, signals, deadline, options.verbose, relay).run((relay.slave,) * 3)
-    finally:
-        relay.close()
-        if terminal:
-            terminal.restore()
+    return _run_on_terminal(plan, signals, deadline, options.verbose)
 
 
-def _open_terminal(identity: Identity | None) -> "tuple[Relay, Terminal | None]":
+def _run_on_terminal(plan: Plan, signals: "Signals", deadline: float | None, verbose: bool) -> int:
     from nssup.terminal import Relay, Terminal
 
     terminal = Terminal(0) if os.isatty(0) else None
-    relay = Relay(0, 1, terminal, size_of=next((fd for fd in range(3) if os.isatty(fd)), None))
-    if identity:  # or its own /dev/stdout would be closed to it
-        with contextlib.suppress(OSError):
-            os.fchown(relay.slave, identity.uid, -1)
-    return relay, terminal
+    try:
+        if terminal:
+            terminal.follow()
+        relay = Relay(0, 1, terminal, size_of=next((fd for fd in range(3) if os.isatty(fd)), None))
+        try:
+            if plan.identity:  # or its own /dev/stdout would be closed to it
+                with contextlib.suppress(OSError):
+                    os.fchown(relay.slave, plan.identity.uid, -1)
+            return Life(plan, signals, deadline, verbose, relay).run((relay.slave,) * 3)
+        finally:
+            relay.close()
+    finally:
+        if terminal:
+            terminal.restore()
 
 
 def _now() -> float:
@@ -403,7 +404,7 @@ class Life:
 
     def _wait(self) -> None:
         """Waits for something to happen and handles it."""
-        relayed = self._relay.interest() if self._relay else {}
+        relayed = self._relay.interest() if self._relay and self._running else {}
         poll = select.poll()
         for fd, events in relayed.items():
             poll.register(fd, events)
@@ -430,20 +431,24 @@ class Life:
         return min(max(0, int((self._deadline - _now()) * 1000) + 1), POLL_MAX_MS)
 
     def _take_messages(self) -> None:
-        for message in self._process.receive():
-            match message:
-                case wire.Started():
-                    self._take_start(message)
-                case wire.Failed():
-                    self._failed = message
-                case wire.Exited(exit=exit):
-                    self._code = _code_of(exit.code, exit.status)
-                case wire.Empty():
-                    self._process.acknowledge()
+        while messages := self._process.receive():
+            for message in messages:
+                self._take_message(message)
         # With init, Started means that the exec has happened; without, the line ends with it.
         started = self._host_pid if self._process.has_init else self._process.line_ended and not self._failed
         if started and not self._running:
             self._take_running()
+
+    def _take_message(self, message: wire.Message) -> None:
+        match message:
+            case wire.Started():
+                self._take_start(message)
+            case wire.Failed():
+                self._failed = message
+            case wire.Exited(exit=exit):
+                self._code = _code_of(exit.code, exit.status)
+            case wire.Empty():
+                self._process.acknowledge()
 
     def _take_start(self, started: wire.Started) -> None:
         self._host_pid = started.host_pid

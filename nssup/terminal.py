@@ -11,6 +11,7 @@ import fcntl
 import os
 import select
 import stat
+import sys
 import termios
 import tty
 from collections.abc import Iterator
@@ -19,19 +20,19 @@ from typing import Any
 BLOCK = 65536  # bytes read at once; a terminal gives at most 4095
 TYPED = 4096  # bytes written to a program's terminal at once: its line discipline takes no more
 LOCAL_MODES, CONTROL_CHARACTERS = 3, 6  # of what tcgetattr returns
+RAW_ENDS = 32  # how often a program that reads single characters is told of the end: one may take it for a command
 CLOSED = -1
 
 
 class Terminal:
     """A terminal of the caller's: raw while the program's own pseudo-terminal does the editing, restored afterwards.
 
-    Its settings are touched only from the foreground: in the background they belong to the shell or another job.
+    It is touched only from the foreground: in the background it belongs to the shell or another job.
     """
 
     def __init__(self, fd: int) -> None:
-        """Raises termios.error when fd is no terminal."""
         self.fd = fd
-        self.settings: list[Any] = termios.tcgetattr(fd)
+        self.settings: list[Any] | None = None  # as they were when we first came to the foreground
         self.raw = False
 
     def in_foreground(self) -> bool:
@@ -41,15 +42,19 @@ class Terminal:
         except OSError:
             return True
 
-    def make_raw(self) -> None:
-        if self.in_foreground():
-            self.raw = True
+    def follow(self) -> bool:
+        """Makes it raw when we have come to the foreground. Whether we are there."""
+        foreground = self.in_foreground()
+        if foreground and not self.raw:
             with _may_be_hung_up():
+                self.settings = self.settings or termios.tcgetattr(self.fd)
                 tty.setraw(self.fd, termios.TCSANOW)
+        self.raw = foreground
+        return foreground
 
     def restore(self) -> None:
         """As it was when found. Another job's by now: left alone."""
-        if self.raw and self.in_foreground():
+        if self.settings and self.raw and self.in_foreground():
             with _may_be_hung_up():
                 termios.tcsetattr(self.fd, termios.TCSANOW, self.settings)
         self.raw = False
@@ -71,23 +76,32 @@ class Relay:
         self._to_program = b""
         self._to_caller = b""
         self._last_typed = b"\n"
-        self._reading = True  # stdin may have more
-        self._ended_in: bool | None = None  # stdin ended; the program was told so in this mode (canonical or not)
+        self._ended = False  # stdin has
+        self._raw_ends = 0
+        self._keys: select.epoll | None = None
         self._stdin = self._stdout = CLOSED
         self.master, self.slave = os.openpty()
         try:
             os.set_blocking(self.master, False)
-            if terminal:
+            if terminal and terminal.settings:
                 termios.tcsetattr(self.slave, termios.TCSANOW, terminal.settings)
             self.resize()
             self._stdin = own_description(stdin, os.O_RDONLY)
             self._stdout = own_description(stdout, os.O_WRONLY)
+            if terminal:
+                # Ready once for each key, also when somebody else takes it. For the background, where a read would stop
+                # us, and to a plain poll each key that is not ours would be ready for ever.
+                self._keys = select.epoll()
+                self._keys.register(self._stdin, select.EPOLLIN | select.EPOLLET)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Gives every descriptor back. Hangs the program's terminal up: its session gets SIGHUP, its reads end."""
+        if self._keys:
+            self._keys.close()
+            self._keys = None
         for name in ("_stdin", "_stdout", "slave", "master"):
             fd = getattr(self, name)
             setattr(self, name, CLOSED)
@@ -104,10 +118,9 @@ class Relay:
                 fcntl.ioctl(self.master, termios.TIOCSWINSZ, size)
 
     def resume(self) -> None:
-        """We were stopped, or moved between foreground and background: look again at what is ours."""
+        """We were stopped, and whoever had the terminal meanwhile may have changed it."""
         if self.terminal:
-            self.terminal.make_raw()
-            self._reading = True
+            self.terminal.raw = False
         self.resize()
 
     # --- copying ----------------------------------------------------------------------------------------------------
@@ -122,7 +135,9 @@ class Relay:
             wanted[self.master] = master
         if self._to_caller:
             wanted[self._stdout] = select.POLLOUT
-        if self._reading and not self._to_program:
+        if self.terminal and self._keys and not self.terminal.follow():
+            wanted[self._keys.fileno()] = select.POLLIN
+        elif not self._ended and not self._to_program:
             wanted[self._stdin] = select.POLLIN
         return wanted
 
@@ -137,6 +152,8 @@ class Relay:
                 self._write_master()
             if events & ~select.POLLOUT:
                 self._read_master()
+        elif self._keys and fd == self._keys.fileno():
+            self._keys.poll(0)  # `interest` looks whether they are ours by now
 
     def drain(self) -> bool:
         """The program and all that wrote with it are gone: writes what is left. True when done; else call it again when
@@ -148,7 +165,7 @@ class Relay:
         if self.slave != CLOSED:
             os.close(self.slave)
             self.slave = CLOSED
-        self._reading, self._to_program, self._ended_in = False, b"", None
+        self._to_program = b""
         if self._to_caller:
             self._write_stdout()
         while self.master != CLOSED and not self._to_caller:
@@ -166,12 +183,10 @@ class Relay:
         if data:
             self._type(data)
         elif self.terminal is None:
-            self._reading = False
+            self._ended = True
             self._type_end()
         elif self.terminal.in_foreground():
             self.close()  # the caller's terminal is hung up, so the program's is
-        else:
-            self._reading = False  # in the background, and nobody to stop us (an orphaned process group); see resume
 
     def _type(self, data: bytes) -> None:
         self._last_typed = data[-1:]
@@ -180,18 +195,27 @@ class Relay:
 
     def _type_end(self) -> None:
         """Types the end-of-file character, twice when the first would only end the line begun."""
-        modes = termios.tcgetattr(self.master)
-        self._ended_in = bool(modes[LOCAL_MODES] & termios.ICANON)
-        end = modes[CONTROL_CHARACTERS][termios.VEOF]
+        end = termios.tcgetattr(self.master)[CONTROL_CHARACTERS][termios.VEOF]
         self._type(end if self._last_typed == b"\n" else end * 2)
         self._last_typed = b"\n"
 
     def _retell_end(self) -> None:
-        """An end typed before the program changed the mode reached nobody: say it once more in the new one."""
-        if self._ended_in is not None and not self._to_program:
-            modes = termios.tcgetattr(self.master)
-            if bool(modes[LOCAL_MODES] & termios.ICANON) != self._ended_in:
+        """Types the end again where the last one has been read, or lost: what is typed for one mode of a terminal means
+        nothing in the other, and a shell changes it with each prompt. Called when the program has said something,
+        as it does before it waits for an answer.
+        """
+        if self.slave == CLOSED or self._to_program:
+            return
+        poll = select.poll()
+        poll.register(self.slave, select.POLLIN)
+        unread = bool(poll.poll(0))  # also waits for what is on its way
+        if termios.tcgetattr(self.master)[LOCAL_MODES] & termios.ICANON:
+            if not unread:
                 self._type_end()
+        elif self._raw_ends < RAW_ENDS and _unread(self.slave) <= self._raw_ends + 2:
+            # Nothing but ends is waiting (the first is two characters at most): all that was to be read has been.
+            self._raw_ends += 1
+            self._type_end()
 
     def _write_master(self) -> None:
         try:
@@ -206,7 +230,8 @@ class Relay:
             self._to_caller = os.read(self.master, BLOCK)
         except OSError:  # EIO: nobody has a slave open; EAGAIN: there is nothing
             return False
-        self._retell_end()
+        if self._ended:
+            self._retell_end()
         self._write_stdout()
         return True
 
@@ -218,6 +243,11 @@ class Relay:
         except OSError:  # nobody reads what the program says, so its terminal is hung up
             self._to_caller = self._to_program = b""
             self.close()
+
+
+def _unread(slave: int) -> int:
+    """How many characters wait to be read."""
+    return int.from_bytes(fcntl.ioctl(slave, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 @contextlib.contextmanager

@@ -174,6 +174,13 @@ class Terminal:
         finally:
             os.close(pidfd)
 
+    def wait_foreground(self, group: int) -> None:
+        """Until the shell has given the terminal to this process group, which nothing announces."""
+        deadline = time.monotonic() + PATIENCE
+        while os.tcgetpgrp(self.master) != group:
+            assert time.monotonic() < deadline, f"in the foreground is {os.tcgetpgrp(self.master)}, not {group}"
+            os.sched_yield()
+
     def hang_up(self) -> None:
         """As when the window is closed."""
         for fd in (self.master, self.slave):
