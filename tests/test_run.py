@@ -358,9 +358,10 @@ def test_nohup_holds() -> None:
     assert command.returncode == 6
 
 
-def test_stopping_nssup_run_stops_the_program_and_continuing_continues_it() -> None:
+@pytest.mark.parametrize("init", ["--init", "--no-init"])
+def test_stopping_nssup_run_stops_the_program_and_continuing_continues_it(init: str) -> None:
     with started(
-        "-v", "--", "sh", "-c", "echo ready; while read line; do echo $line; done", process_group=0
+        "-v", init, "--", "sh", "-c", "echo ready; while read line; do echo $line; done", process_group=0
     ) as command:
         host_pid = program_of(command)
         command.send_signal(signal.SIGTSTP)
@@ -429,8 +430,9 @@ def test_killing_init_is_told() -> None:
         assert err.startswith(b"nssup run: init-killed: ")
 
 
-def test_killing_nssup_run_takes_the_program() -> None:
-    with started("-v", "--", "sh", "-c", "echo ready; exec sleep 1000") as command:
+@pytest.mark.parametrize("init", ["--init", "--no-init"])
+def test_killing_nssup_run_takes_the_program(init: str) -> None:
+    with started("-v", init, "--", "sh", "-c", "echo ready; exec sleep 1000") as command:
         pidfd = os.pidfd_open(program_of(command))
         try:
             command.kill()
