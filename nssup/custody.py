@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nssup import adopt, clone, lives, record
-from nssup.errors import ControlError, errno_name
+from nssup.errors import ControlError, ExitCode, errno_name
 from nssup.events import State
 from nssup.machine import Worker
 from nssup.spec import SupervisorSpec
+
+# The lock files that this process holds, by device and inode: it would be given the same lock again, and would lose it
+# with the close of any descriptor of the file.
+_held: set[tuple[int, int]] = set()
 
 
 class Directories:
@@ -25,12 +29,13 @@ class Directories:
     """
 
     def __init__(self, spec: SupervisorSpec) -> None:
-        self._locks: list[int] = []
+        self._locks: list[_Lock] = []
         try:
             for path in (spec.state_dir, spec.runtime_dir):
                 _make(path, 0o700)
                 _check_ours(path)
-                self._locks.append(_lock(Path(path)))
+                if _file_key(Path(path, "lock")) not in [lock.key for lock in self._locks]:  # two names for one place
+                    self._locks.append(_Lock(Path(path)))
             _make(spec.log_dir, 0o750)
             self.epoch = _next_epoch(Path(spec.state_dir, "epoch"))
         except BaseException:
@@ -39,15 +44,26 @@ class Directories:
 
     def close(self) -> None:
         while self._locks:
-            os.close(self._locks.pop())
+            self._locks.pop().close()
+
+
+def refused(error: OSError, what: str, path: str | Path | None = None) -> ControlError:
+    """That path (default: the one that the error names) cannot be made, opened ..., and why."""
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    return ControlError(
+        "directory",
+        f"cannot {what} {path or error.filename}: {error.strerror}",
+        exit_code=ExitCode.NOT_PERMITTED if denied else ExitCode.FAILED,
+    )
 
 
 def _make(path: str, mode: int) -> None:
     try:
         os.makedirs(path, mode=mode, exist_ok=True)
     except OSError as error:
-        why = "is no directory" if isinstance(error, FileExistsError) else (error.strerror or str(error))
-        raise ControlError("directory", f"cannot make {path}: {why}") from None
+        if isinstance(error, FileExistsError):
+            raise ControlError("directory", f"cannot make {path}: is no directory") from None
+        raise refused(error, "make", path) from None
 
 
 def _check_ours(path: str) -> None:
@@ -61,27 +77,50 @@ def _check_ours(path: str) -> None:
         )
 
 
-def _lock(directory: Path) -> int:
-    path = directory / "lock"
+class _Lock:
+    """The lock of one directory. Raises ControlError."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "lock"
+        try:
+            if _file_key(path) in _held:
+                raise _taken(directory, str(os.getpid()))
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise refused(error, "open", path) from None
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._fd, 0)
+            os.write(self._fd, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
+            os.close(self._fd)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise refused(error, "lock", path) from None
+            raise _taken(directory, holder) from None
+        self.key = _file_key(self._fd)
+        _held.add(self.key)
+
+    def close(self) -> None:
+        _held.discard(self.key)
+        os.close(self._fd)
+
+
+def _file_key(file: Path | int) -> tuple[int, int]:
+    """Device and inode; of no file if it is not there."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise ControlError("directory", f"cannot open {path}: {error.strerror}") from None
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.write(fd, f"{os.getpid()}\n".encode())
-    except OSError as error:
-        holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-        os.close(fd)
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise ControlError("directory", f"cannot lock {path}: {error.strerror}") from None
-        raise ControlError(
-            "locked",
-            f"another supervisor has {directory}" + (f": host PID {holder}" if holder else ""),
-            hint="stop it, or give this one its own state_dir and runtime_dir",
-        ) from None
-    return fd
+        found = os.stat(file)
+    except FileNotFoundError:
+        return -1, -1
+    return found.st_dev, found.st_ino
+
+
+def _taken(directory: Path, holder: str) -> ControlError:
+    return ControlError(
+        "locked",
+        f"another supervisor has {directory}" + (f": host PID {holder}" if holder else ""),
+        hint="stop it, or give this one its own state_dir and runtime_dir",
+    )
 
 
 def _next_epoch(path: Path) -> int:
@@ -100,7 +139,7 @@ def _next_epoch(path: Path) -> int:
     except OSError as error:
         with contextlib.suppress(OSError):
             fresh.unlink()
-        raise ControlError("directory", f"cannot write {path}: {error.strerror}") from None
+        raise refused(error, "write", path) from None
     return epoch
 
 
@@ -132,7 +171,7 @@ class Custody:
             self._lives = lives.Lives(path, epoch)
             slots, self.strange = self._lives.read()
         except OSError as error:
-            raise ControlError("directory", f"cannot use {path}: {error.strerror}") from None
+            raise refused(error, "use", path) from None
         self._slots: dict[str, list[record.Slot]] = {}
         for slot in slots:
             self._slots.setdefault(slot.worker, []).append(slot)

@@ -17,7 +17,7 @@ from types import TracebackType
 import msgspec
 
 from nssup import __version__, adopt, clone, config, machine, plan, procfs, wire
-from nssup.custody import Custody, Directories
+from nssup.custody import Custody, Directories, refused
 from nssup.errors import LaunchError, errno_name
 from nssup.events import (
     Empty,
@@ -97,14 +97,14 @@ class Supervisor:
         self._shutdown: asyncio.Future[None] | None = None
         self._custody: Custody | None = None
         self.leaving = False
-        self._closes = contextlib.ExitStack()
+        self._closes = contextlib.AsyncExitStack()
 
     # --- opening and closing -------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> "Supervisor":
         """Raises ControlError when the directories are not to be had, OSError when nssup-init is not."""
         self._loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as opened:
+        async with contextlib.AsyncExitStack() as opened:
             log_dir = None
             if self.spec is not None:
                 directories = Directories(self.spec)
@@ -117,9 +117,10 @@ class Supervisor:
                 self._custody = Custody(notes, self.epoch, self._launcher.own_pidfd)
                 opened.callback(self._custody.close)
             self.logs = LogHub(self._loop, log_dir, time.time, on_error=self._log_failed)
+            opened.push_async_callback(self.logs.close)
             self._watch = Watch(self._loop)
             opened.callback(self._watch.close)
-            self._journal = Journal(self.logs, self._stderr)
+            self._journal = self._open_journal()
             self.workers = WorkerSet(
                 self._publish, epoch=self.epoch, seed=str(self.epoch), wall=self.wall, changed=self._changed
             )
@@ -140,9 +141,10 @@ class Supervisor:
             try:
                 self._journal.close()
                 await self.logs.close()
+                # Of our own tasks alone: what the caller's block raised stays as it is, and is no ExceptionGroup.
                 await self._tasks.__aexit__(None, None, None)
             finally:
-                self._closes.close()
+                await self._closes.aclose()
 
     def _end_lives(self) -> None:
         """Whatever still lives: let go if we leave and it may stay, else killed, waited for, closed."""
@@ -223,11 +225,9 @@ class Supervisor:
         """Add a pool and start its workers if it is enabled.
 
         Those that a dead supervisor left are taken over as they are. Raises SpecError (the spec is wrong, unknown
-        user), ControlError (there is a pool of this name).
+        user), ControlError (there is a pool of this name, its log cannot be opened).
         """
-        account = plan.Account(*config.account(validate(spec), self._host))
-        self._prepared[spec.name] = plan.prepare(spec, account, self._environ, self._privileged)
-        self.logs.open_pool(spec.name)
+        self._prepare(spec)
         claims = self._custody.claim(spec.name) if self._custody else []
         for claim in claims:
             for process in claim.processes:
@@ -238,7 +238,13 @@ class Supervisor:
                 self.feed(claim.adopted.worker.id, event)
 
     def add_pools(self, specs: Iterable[PoolSpec]) -> None:
-        """Add all pools there are to be. Workers of other pools, left by a dead supervisor, are stopped."""
+        """Add all pools there are to be. Workers of other pools, left by a dead supervisor, are stopped.
+
+        Raises what add_pool does, and then nothing was started and nothing taken over.
+        """
+        specs = list(specs)
+        for spec in specs:
+            self._prepare(spec)
         for spec in specs:
             self.add_pool(spec)
         for pool in sorted(self._custody.unclaimed()) if self._custody else ():
@@ -246,6 +252,25 @@ class Supervisor:
             self.remove_pool(pool)
         for what in self._custody.strange if self._custody else ():
             self.workers.note("slot_set_aside", now(), reason=what)
+
+    def _prepare(self, spec: PoolSpec) -> None:
+        """What can be refused about a pool, before anything of it is done. Again: changes nothing."""
+        if spec.name in self.workers.pools:
+            return  # the workers refuse it, and those of that name go on as they are
+        account = plan.Account(*config.account(validate(spec), self._host))
+        prepared = plan.prepare(spec, account, self._environ, self._privileged)
+        try:
+            self.logs.open_pool(spec.name)
+        except OSError as error:
+            self.logs.close_pool(spec.name)
+            raise refused(error, "open") from None
+        self._prepared[spec.name] = prepared
+
+    def _open_journal(self) -> Journal:
+        try:
+            return Journal(self.logs, self._stderr)
+        except OSError as error:
+            raise refused(error, "open") from None
 
     def _adopt(self, worker: machine.Worker, process: clone.Process) -> None:
         life = _Life(worker.id, worker.pool, process)
