@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
+import fcntl
 import os
+import pickle
 import select
 import signal
 import socket
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -17,7 +21,7 @@ import pytest
 from nssup import _clone, clone, wire
 from nssup.clone import CLONE_NEW, Launcher, Process
 from nssup.facts import Host
-from nssup.record import Plan, encode
+from nssup.record import Identity, Plan, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +40,8 @@ needs_namespaces = pytest.mark.skipif(not privileged, reason="needs CAP_SYS_ADMI
 needs_root = pytest.mark.skipif(not privileged or os.geteuid() != 0, reason="needs root with CAP_SYS_ADMIN")
 
 M = TypeVar("M", bound=wire.Message)
+R = TypeVar("R")
+PR_SET_DUMPABLE = 4
 
 
 def plan_of(
@@ -297,6 +303,69 @@ class ByHand:
 
     def kill(self) -> None:
         signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+
+# --- children of the test ---------------------------------------------------------------------------------------------
+
+
+def prctl(option: int, value: int) -> None:
+    assert ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0
+
+
+@contextlib.contextmanager
+def forked(function: Callable[[int], object]) -> Iterator[tuple[int, int]]:
+    """(pidfd of a child that runs function, read end of the pipe whose write end function gets).
+
+    Killed on the way out. A fork, not a new Python: cheaper by far, and other users need not be able to read ours.
+    """
+    read, write = os.pipe()
+    host_pid = os.fork()
+    if host_pid == 0:
+        code = 1
+        try:
+            os.close(read)
+            function(write)
+            code = 0
+        finally:
+            if code:
+                traceback.print_exc()
+            os._exit(code)
+    os.close(write)
+    pidfd = os.pidfd_open(host_pid)
+    try:
+        yield pidfd, read
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+        os.close(read)
+
+
+def in_child(function: Callable[[], R], identity: Identity | None = None) -> R:
+    """What function returns in a child, as another user if one is named."""
+
+    def body(write: int) -> None:
+        keep = fcntl.fcntl(write, fcntl.F_DUPFD_CLOEXEC, 900)  # out of the way of tests about low numbers
+        os.close(write)
+        if identity is not None:
+            os.setgroups(identity.groups)
+            os.setresgid(identity.gid, identity.gid, identity.gid)
+            os.setresuid(identity.uid, identity.uid, identity.uid)
+            prctl(PR_SET_DUMPABLE, 1)  # as a process that was this user's from its exec on
+        try:
+            said: tuple[R | None, str] = function(), ""
+        except BaseException:  # stderr may be closed
+            said = None, traceback.format_exc()
+        os.write(keep, pickle.dumps(said))
+
+    with forked(body) as (child, read):
+        data = read_all(read)
+        assert end_of(child) == (os.CLD_EXITED, 0)
+        found, error = pickle.loads(data)
+        assert not error, error
+        returned: R = found
+        return returned
 
 
 # --- processes of the host -------------------------------------------------------------------------------------------

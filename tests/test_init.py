@@ -474,16 +474,16 @@ def test_descriptors_that_nobody_asked_for_are_closed(count: int) -> None:
 
 
 def test_what_init_keeps_open() -> None:
-    """Line and its far end, supervisor, log, signals; 0-2 are /dev/null. Nothing of the program's."""
+    """Line and its far end, supervisor, log; 0-2 are /dev/null. Nothing of the program's, and its own signals not where
+    somebody would look for a descriptor that it was not given."""
     with running(SLEEPER) as (init, host_pid):
         init.state()
-        found = {
-            int(fd): os.readlink(f"/proc/{init.host_pid}/fd/{fd}") for fd in os.listdir(f"/proc/{init.host_pid}/fd")
-        }
+        there = f"/proc/{init.host_pid}/fd"
+        found = {int(fd): os.readlink(f"{there}/{fd}").partition(":")[0] for fd in os.listdir(there)}
+        assert max(found) >= wire.Fd.INIT_EXE
+        assert found.pop(max(found)) == "anon_inode"  # its signals
         assert {found.pop(fd) for fd in range(3)} == {"/dev/null"}
-        kinds = {fd: target.partition(":")[0] for fd, target in found.items()}
-        assert kinds.pop(max(kinds)) == "anon_inode"  # signals
-        assert kinds == {3: "socket", 4: "socket", 5: "anon_inode", 6: "pipe"}
+        assert found == {3: "socket", 4: "socket", 5: "anon_inode", 6: "pipe"}
         assert sorted(os.listdir(f"/proc/{host_pid}/fd")) == ["0", "1", "2"]
 
 
