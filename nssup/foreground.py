@@ -316,7 +316,9 @@ class Signals:
     def __enter__(self) -> "Signals":
         self.fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._wakeup_before = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
-        self._before = {
+        # Ignored, as some parents leave it, it would have the kernel reap our child before we could ask how it ended.
+        self._before = {signal.SIGCHLD: signal.signal(signal.SIGCHLD, signal.SIG_DFL)}
+        self._before |= {
             signo: signal.signal(signo, _noted)
             for signo in sorted(signal.valid_signals() - LEFT_ALONE)
             if signal.getsignal(signo) is not signal.SIG_IGN
@@ -369,7 +371,9 @@ class Life:
         self._failed: wire.Failed | None = None
         self._code: int | None = None  # what the program's end means for us
         self._gone = False  # init is reaped: the namespace is no more
-        self._timed_out = False
+        self._expired = False  # the deadline has passed,
+        self._timed_out = False  # and the program was not over
+        self._impatient = False  # a signal came after the program's end: meant for us
 
     def run(self, stdio: tuple[int, int, int]) -> int:
         """The exit code. Raises LaunchError, RunError; also then nothing is left."""
@@ -420,13 +424,17 @@ class Life:
         self._take_signals()
         if self._process.pidfd in ready:
             self._take_end()
-        if self._deadline is not None and _now() >= self._deadline and self._code is None and not self._gone:
-            self._timed_out = True
+        if not self._expired and self._past_deadline() and not self._gone:
+            self._expired = True
+            self._timed_out = self._code is None  # else it ended in time, and only the rest of the tree lingers
             self._process.kill()
-            self._deadline = None
+
+    def _past_deadline(self) -> bool:
+        return self._deadline is not None and _now() >= self._deadline
 
     def _poll_ms(self) -> int | None:
-        if self._deadline is None:
+        """How long to wait: until the deadline, once."""
+        if self._deadline is None or self._expired:
             return None
         return min(max(0, int((self._deadline - _now()) * 1000) + 1), POLL_MAX_MS)
 
@@ -487,7 +495,9 @@ class Life:
                 self._send(signo)
 
     def _send(self, signo: int) -> None:
-        if self._running:
+        if self._code is not None:
+            self._impatient = self._impatient or signo not in HARMLESS
+        elif self._running:
             self._forward(signo)
         else:
             self._held.append(signo)
@@ -495,7 +505,7 @@ class Life:
     def _forward(self, signo: int) -> None:
         if self._process.has_init or signo in HARMLESS or not self._would_drop(signo):
             self._process.signal(signo)
-        elif self._code is None:
+        else:
             # The program is PID 1, and what a PID 1 does not catch the kernel drops. Sent to us, the signal was to end
             # the program, as it would any other.
             self._code = 128 + signo
@@ -523,19 +533,13 @@ class Life:
 
     def _drain(self, relay: "Relay") -> None:
         """The last output. Whoever reads it may have stopped doing so: a signal or the deadline ends the wait."""
-        while not relay.drain():
+        while not relay.drain() and not self._impatient and not self._past_deadline():
             poll = select.poll()
             for fd, events in relay.interest().items():
                 poll.register(fd, events)
             poll.register(self._signals.fd, select.POLLIN)
             poll.poll(self._poll_ms())
-            if self._deadline is not None and _now() >= self._deadline:
-                return
-            for signo in self._signals.take():
-                if signo == signal.SIGTSTP:
-                    self._stop()
-                elif signo not in HARMLESS:
-                    return
+            self._take_signals()
 
     def _failure(self, failed: wire.Failed) -> NssupError:
         if failed.step == wire.Step.EXEC:

@@ -419,6 +419,13 @@ def test_a_time_out_that_is_not_reached_changes_nothing() -> None:
     assert run("--timeout", "1000000", "--", "sh", "-c", "exit 3").code == 3
 
 
+@pytest.mark.parametrize("init", ["--init", "--no-init"])
+def test_a_parent_that_ignores_sigchld_changes_nothing(init: str) -> None:
+    line = shlex.join([*RUN, init, "--", "sh", "-c", "exit 3"])
+    done = subprocess.run(["bash", "-c", f"trap '' CHLD; exec {line}"], capture_output=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (3, b"")
+
+
 def test_killing_init_is_told() -> None:
     with started("-v", "--", "sh", "-c", "echo ready; exec sleep 1000") as command:
         program = program_of(command)

@@ -225,6 +225,29 @@ def test_a_reader_that_pauses_holds_the_program_up_and_misses_nothing() -> None:
     assert out == "".join(f"{n}\r\n" for n in range(1, 200_001)).encode() + b"done\r\n"
 
 
+@pytest.mark.parametrize("ending", ["--timeout=0.5", "TERM"])
+def test_a_reader_that_never_reads_does_not_hold_up_the_end(ending: str) -> None:
+    args = ["-v", *([ending] if ending.startswith("-") else [])]
+    command = subprocess.Popen(
+        [*RUN, "-t", *args, "--", "seq", "1000000"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with command:
+        assert command.stdout
+        assert command.stderr
+        host_pid = int(command.stderr.readline().split()[4].rstrip(b","))
+        assert select.select([command.stdout], [], [], PATIENCE)[0]
+        if ending == "TERM":
+            init = os.pidfd_open(parent_of(host_pid))
+            command.terminate()  # ends the program
+            wait_gone(init)
+            os.close(init)
+            command.terminate()  # ends the wait for the reader
+        assert command.wait(PATIENCE) == (124 if ending != "TERM" else 128 + signal.SIGTERM)
+
+
 def test_the_last_words_are_not_lost() -> None:
     for _ in range(10):
         command = [*RUN, "-t", "--", "sh", "-c", "seq 300; kill -KILL $$"]
