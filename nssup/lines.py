@@ -42,6 +42,11 @@ def stamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
+def seconds(ts: str) -> float:
+    """What `stamp` was made of."""
+    return datetime.fromisoformat(ts).timestamp()
+
+
 def _too_deep(line: bytes) -> bool:
     """Whether a valid JSON text nests deeper than MAX_DEPTH."""
     if line.count(b"[") + line.count(b"{") <= MAX_DEPTH:

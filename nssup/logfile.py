@@ -127,6 +127,14 @@ class LogFile:
         self.size += done
         return len(data), None
 
+    async def status(self) -> os.stat_result | OSError:
+        """What the file is, opened and with its last line whole; or why it cannot be had."""
+        if self._file is None or self._torn:
+            _, error = await self.append(b"")
+            if error is not None:
+                return error
+        return os.fstat(self._file.fileno())
+
     async def _mend(self, head: bytes, data: bytes, done: int) -> int:
         """After done bytes of head and data, which is how much of data stays."""
         whole = (head + data).rfind(b"\n", 0, done) + 1

@@ -14,6 +14,7 @@ alone until half of them are written, and its workers wait in their writes.
 import asyncio
 import errno
 import fcntl
+import math
 import os
 import select
 import struct
@@ -26,8 +27,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from nssup.lines import Framer, mark, stamp
+from nssup.follower import Follower
+from nssup.handover import Layout
+from nssup.lines import Framer, seconds, stamp
 from nssup.logfile import LogFile, Outage, last_records, pick_last, timestamp
+from nssup.staging import Batch, Full, Staging, finish
 
 READ = 64 * 1024  # bytes per read, and so per pipe and pass: a pipe of the usual size, and what O_DIRECT packets need
 REST = 0.010  # seconds between two passes, as a rule
@@ -36,6 +40,9 @@ HIGH = 8 * 1024 * 1024  # bytes of records a pool may have waiting for its file
 WRITE = 1024 * 1024  # bytes of records in one write, about
 SCAN = 64 * 1024 * 1024  # bytes of a file searched for its last records
 LAST = 256 * 1024  # the same, where the loop waits for it
+# Of one staging memory. Half as many bytes of empty lines are still no more than some 40 MB of records.
+LAYOUT = Layout(streams=256, half=256 * 1024)
+STREAMS = ("stdout", "stderr")
 
 
 class _Offset(msgspec.Struct):
@@ -69,22 +76,32 @@ class _Chunk(NamedTuple):
 
 
 class _Pipe:
-    __slots__ = ("fd", "framer", "life")
+    """One read end. Its bytes are framed at once by framer, or moved into staging as stream `number`.
 
-    def __init__(self, fd: int, framer: Framer, life: "Streams") -> None:
+    left: of a life that is over, how many bytes are still to be taken.
+    """
+
+    __slots__ = ("fd", "framer", "left", "life", "number", "staging")
+
+    def __init__(self, fd: int, life: "Streams", framer: Framer, staging: Staging | None, number: int) -> None:
         self.fd = fd
-        self.framer = framer
         self.life = life
+        self.framer = framer
+        self.staging = staging
+        self.number = number
+        self.left: int | None = None
 
 
 class Streams:
     """The output of one life: what `LogHub.attach` gives and `LogHub.drain` takes."""
 
-    __slots__ = ("_pipes", "_pool", "generation", "host_pid", "ns_pid", "worker_id")
+    __slots__ = ("_drained", "_pipes", "_pool", "_staged", "generation", "host_pid", "ns_pid", "worker_id")
 
     def __init__(self, pool: "_Pool", worker_id: str, generation: int) -> None:
         self._pool = pool
         self._pipes: list[_Pipe] = []
+        self._staged: set[tuple[Staging, int]] = set()  # streams that are not in the log to their end
+        self._drained: Callable[[], None] | None = None  # called when all of them are
         self.worker_id = worker_id
         self.generation = generation
         self.host_pid: int | None = None
@@ -94,6 +111,9 @@ class Streams:
         """The worker's PIDs are known: records say them from now on, null before."""
         self.host_pid = host_pid
         self.ns_pid = ns_pid
+        for staging, number in self._staged:
+            if not staging.streams[number].state.host_pid:
+                staging.identify(number, host_pid, ns_pid)
 
 
 class _Pool:
@@ -115,85 +135,25 @@ class _Pool:
         self.dropped: Counter[str] = Counter()
         self.dirty = False
         self.closing = False
+        self.staged = False
+        self.stagings: list[Staging] = []
+        self.owners: dict[tuple[Staging, int], Streams] = {}
+        self.ending: set[tuple[Staging, int]] = set()  # streams whose end is staged and not yet in the log
+        self.last_wall = 0.0
 
-    def take(self) -> list[_Chunk]:
+    def wall(self, now: float) -> float:
+        """now, but never before what is staged or in the log already."""
+        self.last_wall = max(self.last_wall, now)
+        return self.last_wall
+
+    def take(self, most: float = WRITE) -> list[_Chunk]:
         """The next chunks to write, in order."""
         size = 0
-        while self.waiting and size < WRITE:
+        while self.waiting and size < most:
             chunk = self.waiting.popleft()
             size += len(chunk.records)
             self.in_flight.append(chunk)
         return self.in_flight
-
-
-class Follower:
-    """Records as they come: iterate over it for chunks of whole records, and close it.
-
-    Who does not read is cut: beyond max_bytes nothing is kept for him; when he reads again, a mark of nssup's (stream
-    `nssup`) stands where the records are missing. Iteration ends when either side closes.
-    """
-
-    def __init__(self, hub: "LogHub", pools: frozenset[str] | None, workers: Container[str] | None, limit: int) -> None:
-        self._hub = hub
-        self._pools = pools
-        self._workers = workers
-        self._limit = limit
-        self._chunks: deque[bytes] = deque()
-        self._size = 0
-        self._cut = 0  # bytes of records that could not be kept after _chunks
-        self._cut_ts = ""
-        self._closed = False
-        self._reader: asyncio.Future[None] | None = None
-        self.missed = 0  # bytes of records cut so far
-
-    def _offer(self, pool: str, life: Streams | None, records: bytes) -> None:
-        if (life is None) if self._pools is None else (pool not in self._pools):
-            return
-        if self._workers is not None and (life is None or life.worker_id not in self._workers):
-            return
-        if self._chunks and self._size + len(records) > self._limit:
-            self._cut += len(records)
-            self.missed += len(records)
-            self._cut_ts = timestamp(records)
-            return
-        self._mark_cut()
-        self._chunks.append(records)
-        self._size += len(records)
-        self._wake()
-
-    def _mark_cut(self) -> None:
-        if self._cut:
-            self._chunks.append(
-                mark(self._cut_ts, None, None, f"{self._cut} bytes of log skipped: the reader is too slow")
-            )
-            self._size += len(self._chunks[-1])
-            self._cut = 0
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-    def close(self) -> None:
-        """Ends the iteration once what is here was read. May be called more than once."""
-        self._closed = True
-        self._hub._followers.discard(self)
-        self._wake()
-
-    def __aiter__(self) -> "Follower":
-        return self
-
-    async def __anext__(self) -> bytes:
-        while True:
-            if not self._chunks:
-                self._mark_cut()
-            if self._chunks:
-                records = self._chunks.popleft()
-                self._size -= len(records)
-                return records
-            if self._closed:
-                raise StopAsyncIteration
-            self._reader = self._hub._loop.create_future()
-            await self._reader
 
 
 class LogHub:
@@ -232,9 +192,12 @@ class LogHub:
 
     # --- logs and streams ----------------------------------------------------------------------------------------
 
-    def open_pool(self, name: str) -> None:
+    def open_pool(self, name: str, *, staged: bool = False, found: Iterable[int] = ()) -> None:
         """Opens the log of a pool, LOG_DIR/NAME.jsonl. Opening it again does nothing.
 
+        staged: its output goes through staging memory, so that none of it is lost or doubled when this process is
+        killed. found: descriptors of such memory that inits of the pool kept, taken over; what a dead supervisor had
+        begun to write is brought to its end first.
         Raises OSError where the file cannot be opened. The log is open all the same: until the file can be, its records
         go to followers only and are counted as dropped.
         """
@@ -245,9 +208,85 @@ class LogHub:
         pool = self._pools[name] = _Pool(name, None)
         if self._log_dir is None:
             return
-        pool.file = LogFile(self._log_dir / f"{name}.jsonl", self._loop, self._writer)
+        path = self._log_dir / f"{name}.jsonl"
+        pool.staged = staged
+        for fd in found:
+            self._take_over(pool, fd, path)
+        pool.file = LogFile(path, self._loop, self._writer)
         pool.file.open()
         pool.last_ts = pool.file.last_ts
+        pool.wall(seconds(pool.last_ts) if pool.last_ts else 0.0)
+
+    def _take_over(self, pool: _Pool, fd: int, path: Path) -> None:
+        try:
+            if any(os.path.sameopenfile(staging.fd, fd) for staging in pool.stagings):
+                os.close(fd)
+                return
+            staging = Staging(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        pool.stagings.append(staging)
+        finish(staging, path)
+
+    def place(self, name: str) -> Staging | None:
+        """Where the output of a new life of a pool is to be staged: its init keeps the descriptor. None: nowhere.
+
+        Raises OSError.
+        """
+        pool = self._pools[name]
+        if not pool.staged:
+            return None
+        for staging in pool.stagings:
+            if len(staging.streams) + len(STREAMS) <= staging.layout.streams:
+                return staging
+        pool.stagings.append(Staging.create(name, LAYOUT))
+        return pool.stagings[-1]
+
+    def placed(self, name: str, fd: int) -> Staging | None:
+        """The staging memory that fd, which is closed, is a copy of; None: not one of this pool's."""
+        try:
+            for staging in self._pools[name].stagings:
+                if os.path.sameopenfile(staging.fd, fd):
+                    return staging
+        finally:
+            os.close(fd)
+        return None
+
+    def is_staged(self, staging: Staging | None, worker_id: str, generation: int) -> bool:
+        """Whether output of that life has been taken, or was about to be."""
+        if staging is None:
+            return False
+        index = int(worker_id.partition("/")[2])
+        return any(_stream_of(staging, index, generation, kind) >= 0 for kind in range(len(STREAMS)))
+
+    def settle(self, name: str) -> None:
+        """Every life of the pool that is still there is attached: what else was staged has no writer any more."""
+        pool = self._pools[name]
+        for staging in pool.stagings:
+            for number, stream in staging.streams.items():
+                key = staging, number
+                if key in pool.owners:
+                    continue
+                self._owner(pool, staging, number)
+                if not stream.ending:
+                    self._end_staged(pool, staging, number)
+                pool.ending.add(key)
+        if pool.stagings:
+            self._mark_dirty(pool)
+
+    def _owner(self, pool: _Pool, staging: Staging, number: int) -> Streams:
+        """Whose stream that is, also where its life is gone."""
+        life = pool.owners.get((staging, number))
+        if life is None:
+            state = staging.streams[number].state
+            life = Streams(pool, f"{pool.name}/{state.worker}", state.generation)
+            self._own(life, staging, number)
+        return life
+
+    def _own(self, life: Streams, staging: Staging, number: int) -> None:
+        life._staged.add((staging, number))
+        life._pool.owners[staging, number] = life
 
     def close_pool(self, name: str) -> None:
         """Drains what is still attached, and closes the file when all is written. Raises KeyError."""
@@ -261,37 +300,71 @@ class LogHub:
         self._mark_dirty(pool)
 
     def attach(
-        self, pool: str, worker_id: str, generation: int, stdout_fd: int, stderr_fd: int | None = None
+        self,
+        pool: str,
+        worker_id: str,
+        generation: int,
+        stdout_fd: int,
+        stderr_fd: int | None = None,
+        staging: Staging | None = None,
     ) -> Streams:
         """Takes the read ends of a life's pipes, and closes them when their time comes. Raises KeyError: no such log.
 
-        stderr_fd None: stderr goes into the same pipe, and all records say `stdout`.
+        stderr_fd None: stderr goes into the same pipe, and all records say `stdout`. staging: what `place` gave for
+        this life, or what its init kept (`placed`): then its streams go on where they stood.
         """
         life = Streams(self._pools[pool], worker_id, generation)
-        self._attach(life, stdout_fd, "stdout")
-        if stderr_fd is not None:
-            self._attach(life, stderr_fd, "stderr")
+        for kind, fd in enumerate((stdout_fd, stderr_fd)):
+            if fd is not None:
+                self._attach(life, fd, kind, staging)
         life._pool.lives.add(life)
         return life
 
-    def _attach(self, life: Streams, fd: int, stream: str) -> None:
+    def _attach(self, life: Streams, fd: int, kind: int, staging: Staging | None) -> None:
         os.set_blocking(fd, False)
-        pipe = _Pipe(fd, Framer(life.worker_id, life.generation, stream), life)
+        number = -1
+        if staging is not None:
+            index = int(life.worker_id.partition("/")[2])
+            number = _stream_of(staging, index, life.generation, kind)
+            if number < 0:
+                number = staging.attach(index, life.generation, kind)
+            self._own(life, staging, number)
+            if staging.streams[number].ending:
+                life._pool.ending.add((staging, number))
+                os.close(fd)
+                return
+        pipe = _Pipe(fd, life, Framer(life.worker_id, life.generation, STREAMS[kind]), staging, number)
         self._epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
         self._pipes[fd] = pipe
         life._pipes.append(pipe)
 
-    def drain(self, life: Streams) -> None:
+    def drain(self, life: Streams, done: Callable[[], None] | None = None) -> None:
         """Reads what is in the pipes of a life that is over, ends its streams and closes its fds.
 
-        Not more than is in them now: an end held by somebody outside must not hold us. May be called more than once.
+        Not more than is in them now: an end held by somebody outside must not hold us. done: called when all of it is
+        where the death of this process cannot reach it. May be called more than once; only the first `done` counts.
         """
-        now = stamp(self._wall())
+        if done is not None and life._drained is None:
+            life._drained = done
+        wall = self._wall()
         for pipe in list(life._pipes):
-            left = _bytes_in(pipe.fd)
-            while left > 0 and (got := self._read(pipe, now)):
-                left -= got
-            self._end(pipe, now)
+            pipe.left = _bytes_in(pipe.fd)
+            while pipe.left > 0 and self._read(pipe, wall):
+                continue
+            if pipe in life._pipes and pipe not in (life._pool.blocked or ()):
+                self._end(pipe, wall)
+        life._pool.lives.discard(life)
+        self._tell_drained(life)
+
+    def _tell_drained(self, life: Streams) -> None:
+        if life._drained is not None and not life._pipes and not life._staged:
+            done, life._drained = life._drained, _nothing
+            done()
+
+    def detach(self, life: Streams) -> None:
+        """Lets go of a life's pipes, as if this process had died: the next supervisor reads on where we stopped."""
+        for pipe in list(life._pipes):
+            self._forget(pipe)
         life._pool.lives.discard(life)
 
     def append(self, log: str, records: bytes) -> None:
@@ -324,7 +397,7 @@ class LogHub:
         self.counters.passes += 1
         for fd, _ in self._epoll.poll(0, max(len(self._pipes), 1)):
             self._ready[self._pipes[fd]] = None
-        now = stamp(self._wall())
+        wall = self._wall()
         ready, self._ready = self._ready, {}
         most = 0
         busy = False
@@ -333,7 +406,7 @@ class LogHub:
             if blocked is not None:
                 blocked[pipe] = None
                 busy = True
-            elif got := self._read(pipe, now):
+            elif got := self._read(pipe, wall):
                 # Not read until it is dry, which would be a second call each time: the next pass will see.
                 self._ready[pipe] = None
                 busy = True
@@ -360,29 +433,72 @@ class LogHub:
             self._loop.remove_reader(self._epoll.fileno())
             self._timer = self._loop.call_soon(self._pass)
 
-    def _read(self, pipe: _Pipe, now: str) -> int:
+    def _read(self, pipe: _Pipe, wall: float) -> int:
         """One read. How many bytes; 0 where there are none now, or no more will come (then the pipe is closed)."""
         self.counters.reads += 1
         try:
-            data = os.read(pipe.fd, READ)
+            got = self._take_from(pipe, wall)
         except BlockingIOError:
             return 0
-        except OSError:  # EIO: the other side of a pty is gone
-            data = b""
-        if not data:
-            self._end(pipe, now)
+        except Full:
+            self._wait_for_room(pipe)
             return 0
-        self.counters.bytes_read += len(data)
+        except OSError:  # EIO: the other side of a pty is gone
+            got = 0
+        self.counters.bytes_read += got
+        if pipe.left is not None:
+            pipe.left -= got
+        if not got or (pipe.left is not None and pipe.left <= 0):
+            self._end(pipe, wall)
+        return got
+
+    def _take_from(self, pipe: _Pipe, wall: float) -> int:
+        """Raises BlockingIOError, Full, OSError. 0: no more will come."""
         life = pipe.life
-        start = pipe.framer.offset
-        records = pipe.framer.feed(data, self._ts(life._pool, now), life.host_pid, life.ns_pid)
-        if records:
-            self._take(life._pool, _Chunk(life, start, pipe.framer.offset, records))
+        if pipe.staging is not None:
+            moved = pipe.staging.take(pipe.number, pipe.fd, READ, life._pool.wall(wall))
+            self._mark_dirty(life._pool)
+            return moved
+        data = os.read(pipe.fd, READ)
+        if data:
+            start = pipe.framer.offset
+            records = pipe.framer.feed(data, self._ts(life._pool, stamp(wall)), life.host_pid, life.ns_pid)
+            if records:
+                self._take(life._pool, _Chunk(life, start, pipe.framer.offset, records))
         return len(data)
 
-    def _end(self, pipe: _Pipe, now: str) -> None:
-        if pipe not in pipe.life._pipes:
+    def _wait_for_room(self, pipe: _Pipe) -> None:
+        """The pipe is left alone until a batch of its pool is in the log."""
+        pool = pipe.life._pool
+        if pool.blocked is None:
+            pool.blocked = {}
+        pool.blocked[pipe] = None
+        self._mark_dirty(pool)
+
+    def _end(self, pipe: _Pipe, wall: float) -> None:
+        life = pipe.life
+        if pipe not in life._pipes:
             return
+        if pipe.staging is not None:
+            try:
+                self._end_staged(life._pool, pipe.staging, pipe.number, wall)
+            except Full:
+                self._wait_for_room(pipe)  # the next read finds the end again
+                return
+            self._forget(pipe)
+            return
+        self._forget(pipe)
+        start = pipe.framer.offset
+        records = pipe.framer.end(self._ts(life._pool, stamp(wall)), life.host_pid, life.ns_pid)
+        if records:
+            self._take(life._pool, _Chunk(life, start, pipe.framer.offset, records))
+
+    def _end_staged(self, pool: _Pool, staging: Staging, number: int, wall: float | None = None) -> None:
+        staging.end(number, pool.wall(self._wall() if wall is None else wall))
+        pool.ending.add((staging, number))
+        self._mark_dirty(pool)
+
+    def _forget(self, pipe: _Pipe) -> None:
         life = pipe.life
         life._pipes.remove(pipe)
         self._ready.pop(pipe, None)
@@ -392,10 +508,6 @@ class LogHub:
         self._epoll.unregister(pipe.fd)
         del self._pipes[pipe.fd]
         os.close(pipe.fd)
-        start = pipe.framer.offset
-        records = pipe.framer.end(self._ts(life._pool, now), life.host_pid, life.ns_pid)
-        if records:
-            self._take(life._pool, _Chunk(life, start, pipe.framer.offset, records))
 
     def _ts(self, pool: _Pool, now: str) -> str:
         """now, but never before what the log says already."""
@@ -405,7 +517,7 @@ class LogHub:
 
     def _take(self, pool: _Pool, chunk: _Chunk) -> None:
         for follower in tuple(self._followers):
-            follower._offer(pool.name, chunk.life, chunk.records)
+            follower.offer(pool.name, chunk.life.worker_id if chunk.life else None, chunk.records)
         if pool.file is None:
             return
         pool.waiting.append(chunk)
@@ -437,35 +549,70 @@ class LogHub:
                 pool = self._dirty.popleft()
                 pool.dirty = False
                 await asyncio.shield(self._write(pool))
-                if pool.waiting:
+                if pool.waiting or (pool.closing and pool.file is not None):
                     self._mark_dirty(pool)
 
-    async def _write(self, pool: _Pool) -> None:
-        """Writes a batch of pool's log, after the one in flight if there is one. Run it shielded: it must not be
-        cancelled half-way, when nobody knows what is in the file."""
+    async def _write(self, pool: _Pool) -> bool:
+        """Writes a batch of pool's log, after the one in flight if there is one; false: there was nothing.
+
+        Run it shielded: it must not be cancelled half-way, when nobody knows what is in the file.
+        """
         async with pool.lock:
             file = pool.file
             if file is None:
-                return
-            last = pool.closing and not pool.waiting
-            if pool.waiting or (last and pool.outage):
-                await self._write_batch(pool, file)
+                return False
+            batch = None if pool.waiting else self._seal(pool)
+            something = bool(pool.waiting) or batch is not None
+            last = pool.closing and not something
+            if something or (last and pool.outage):
+                await self._write_batch(pool, file, batch)
             if last and pool.closing and not pool.waiting:
                 del self._pools[pool.name]
                 pool.file = None
+                for staging in pool.stagings:
+                    staging.close()
                 await file.close()
+            return something
 
-    async def _write_batch(self, pool: _Pool, file: LogFile) -> None:
-        batch = pool.take()
-        data = b"".join([chunk.records for chunk in batch])
+    def _seal(self, pool: _Pool) -> Batch | None:
+        """Staged bytes of the pool, as a batch whose records are in `waiting`; None: nothing is staged."""
+        for staging in pool.stagings:
+            batch = staging.pending or staging.seal()
+            if batch is None:
+                continue
+            for number, start, stop, records in batch.records():
+                self._take(pool, _Chunk(self._owner(pool, staging, number), start, stop, records))
+            return batch
+        return None
+
+    async def _write_batch(self, pool: _Pool, file: LogFile, batch: Batch | None) -> None:
+        chunks = pool.take() if batch is None else pool.take(math.inf)
+        data = b"".join([chunk.records for chunk in chunks])
         marks = pool.outage.marks(timestamp(data) if data else pool.last_ts) if pool.outage else b""
-        kept, error = await file.append(marks + data)
+        if batch is None:
+            kept, error = await file.append(marks + data)
+        else:
+            kept, error = await _append_staged(file, batch, marks, data)
         pool.last_ts = max(pool.last_ts, file.last_ts)  # of a file that could be opened only now
         self.counters.writes += 1
         self.counters.bytes_written += kept
         if pool.outage:
             pool.outage.forget(marks[:kept].count(b"\n"))
+        if batch is not None:
+            batch.commit()
+            self._release(pool)
         self._settle(pool, max(kept - len(marks), 0), error)
+
+    def _release(self, pool: _Pool) -> None:
+        """Streams that are in the log to their end have done their duty."""
+        for staging, number in tuple(pool.ending):
+            if not staging.streams[number].state.ended:
+                continue
+            staging.release(number)
+            pool.ending.discard((staging, number))
+            life = pool.owners.pop((staging, number))
+            life._staged.discard((staging, number))
+            self._tell_drained(life)
 
     def _settle(self, pool: _Pool, kept: int, error: OSError | None) -> None:
         """The write in flight is over, and its first kept bytes are in the file."""
@@ -503,8 +650,9 @@ class LogHub:
         """Returns when everything taken in before was written, or tried."""
         for pool in list(self._pools.values()):
             target = pool.taken
-            while pool.settled < target:
-                await asyncio.shield(self._write(pool))
+            while pool.settled < target or pool.stagings:
+                if not await asyncio.shield(self._write(pool)):
+                    break
 
     async def close(self) -> None:
         """Drains what is still attached, writes everything, closes files and followers, ends the threads."""
@@ -536,7 +684,8 @@ class LogHub:
         With `await tail(...)` called right after, without an await in between, no record is in both and none is in
         neither.
         """
-        follower = Follower(self, None if pools is None else frozenset(pools), workers, max_bytes)
+        named = None if pools is None else frozenset(pools)
+        follower = Follower(named, workers, max_bytes, self._followers.discard)
         if self._closed:
             follower.close()
         else:
@@ -571,6 +720,31 @@ class LogHub:
         workers = (worker_id,)
         recent = pick_last(_unwritten(pool), n, workers)
         return last_records(pool.file.path, pool.file.size, n - len(recent), workers, LAST) + recent
+
+
+async def _append_staged(file: LogFile, batch: Batch, marks: bytes, data: bytes) -> tuple[int, OSError | None]:
+    """As LogFile.append, with the batch's intent noted where its own records begin."""
+    kept, error = await file.append(marks) if marks else (0, None)
+    if error is not None or not data:
+        return kept, error
+    status = await file.status()
+    if isinstance(status, OSError):
+        return kept, status
+    batch.begin(status)
+    more, error = await file.append(data)
+    return kept + more, error
+
+
+def _stream_of(staging: Staging, worker: int, generation: int, kind: int) -> int:
+    """The number of a stream that is there already; -1: it is not."""
+    for number, stream in staging.streams.items():
+        if stream.state[:3] == (worker, generation, kind):
+            return number
+    return -1
+
+
+def _nothing() -> None:
+    """What is done once is done."""
 
 
 def _bytes_in(fd: int) -> int:

@@ -7,6 +7,7 @@ Nothing here decides. One timer is armed, for the earliest deadline; at rest not
 import asyncio
 import collections
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -17,7 +18,7 @@ from types import TracebackType
 import msgspec
 
 from nssup import __version__, adopt, clone, config, machine, plan, procfs, wire
-from nssup.custody import Custody, Directories, refused
+from nssup.custody import Claim, Custody, Directories, refused
 from nssup.errors import LaunchError, errno_name
 from nssup.events import (
     Empty,
@@ -39,6 +40,7 @@ from nssup.journal import Journal, Mode
 from nssup.logs import LogHub, Streams
 from nssup.selection import pool_of
 from nssup.spec import PoolSpec, SupervisorSpec, validate
+from nssup.staging import Staging
 from nssup.watch import Watch
 from nssup.workers import Actions, WorkerSet
 
@@ -57,13 +59,14 @@ def now() -> float:
 class _Life:
     """One life of a worker as the shell holds it. Flags keep what init says once from being believed twice."""
 
-    __slots__ = ("adopted", "exited", "failed", "over", "pool", "process", "running", "streams", "worker_id")
+    __slots__ = ("adopted", "exited", "failed", "over", "pool", "process", "running", "staging", "streams", "worker_id")
 
     def __init__(self, worker_id: str, pool: str, process: clone.Process) -> None:
         self.worker_id = worker_id
         self.pool = pool
         self.process = process
         self.streams: Streams | None = None
+        self.staging: Staging | None = None
         self.adopted = self.running = self.failed = self.exited = self.over = False
 
 
@@ -96,6 +99,7 @@ class Supervisor:
         self._rested: asyncio.Future[None] | None = None
         self._shutdown: asyncio.Future[None] | None = None
         self._custody: Custody | None = None
+        self._claims: dict[str, list[Claim]] = {}  # of pools that are prepared and not added yet
         self.leaving = False
         self._closes = contextlib.AsyncExitStack()
 
@@ -154,8 +158,14 @@ class Supervisor:
         lives, self._lives = list(self._lives.values()), {}
         staying = [life for life in lives if self.leaving and life.process.policy is wire.Policy.KEEP]
         for life in staying:
+            life.over = True
+            if life.streams is not None:
+                self.logs.detach(life.streams)
             self._forget_descriptors(life)
             life.process.close()
+        for claim in [claim for claims in self._claims.values() for claim in claims]:
+            for process in claim.processes:  # refused before they were taken over: the next supervisor finds them
+                process.close()
         ending = [life for life in lives if life not in staying]
         for life in ending:
             life.process.kill()
@@ -228,10 +238,11 @@ class Supervisor:
         user), ControlError (there is a pool of this name, its log cannot be opened).
         """
         self._prepare(spec)
-        claims = self._custody.claim(spec.name) if self._custody else []
+        claims = self._claims.pop(spec.name, [])
         for claim in claims:
             for process in claim.processes:
                 self._adopt(claim.adopted.worker, process)
+        self.logs.settle(spec.name)
         self._do(self.workers.add_pool(spec, now(), [claim.adopted.worker for claim in claims]))
         for claim in claims:
             for event in claim.adopted.events:
@@ -259,8 +270,13 @@ class Supervisor:
             return  # the workers refuse it, and those of that name go on as they are
         account = plan.Account(*config.account(validate(spec), self._host))
         prepared = plan.prepare(spec, account, self._environ, self._privileged)
+        if self._custody and spec.name not in self._claims:
+            self._claims[spec.name] = self._custody.claim(spec.name)
+        staged = self._custody is not None and spec.init and spec.on_supervisor_death == "keep"
+        processes = [process for claim in self._claims.get(spec.name, ()) for process in claim.processes]
+        found = [fd for fd in (process.staging() for process in processes) if fd is not None]
         try:
-            self.logs.open_pool(spec.name)
+            self.logs.open_pool(spec.name, staged=staged, found=found)
         except OSError as error:
             self.logs.close_pool(spec.name)
             raise refused(error, "open") from None
@@ -276,9 +292,13 @@ class Supervisor:
         life = _Life(worker.id, worker.pool, process)
         life.adopted = True
         self._lives[worker.id, process.generation] = life
-        streams = self._attach(life)
-        if worker.generation == process.generation and worker.last_host_pid is not None:
-            streams.identify(worker.last_host_pid, worker.last_ns_pid or 0)
+        kept = process.staging()
+        life.staging = None if kept is None else self.logs.placed(life.pool, kept)
+        # Otherwise its program is not known to run: then its output waits in the pipes, as at every launch.
+        if self.logs.is_staged(life.staging, worker.id, process.generation):
+            self._attach(life)
+        elif worker.generation == process.generation and worker.last_host_pid is not None:
+            self._attach(life).identify(worker.last_host_pid, worker.last_ns_pid or 0)
         self._watch_life(life)
         process.hello(self._launcher.own_pidfd)
 
@@ -377,11 +397,17 @@ class Supervisor:
             return
         prepared = self._prepared[worker.pool]
         try:
-            process = self._launcher.launch(prepared.plan(worker.index, generation), merge=prepared.spec.log.merge)
+            staging = self._place(worker.pool)
+            process = self._launcher.launch(
+                prepared.plan(worker.index, generation),
+                merge=prepared.spec.log.merge,
+                staging=-1 if staging is None else staging.fd,
+            )
         except LaunchError as error:
             self.feed(worker_id, LaunchFailed(generation, f"setup-failed:{error.step}:{errno_name(error.errno)}"))
             return
         life = _Life(worker_id, worker.pool, process)
+        life.staging = staging
         self._lives[worker_id, generation] = life
         if self._custody:
             self._custody.born(worker_id, process)
@@ -390,6 +416,13 @@ class Supervisor:
             process.policy = wire.Policy.DIE  # who is in no notes must not be left behind
         process.go()  # the life is in the notes: now it may run
         self._watch_life(life)
+
+    def _place(self, pool: str) -> Staging | None:
+        """Where a new life's output is to be staged. Raises LaunchError."""
+        try:
+            return self.logs.place(pool)
+        except OSError as error:
+            raise LaunchError("staging", error.errno or errno.EIO) from None
 
     # --- what a life says ------------------------------------------------------------------------------------------
 
@@ -460,7 +493,7 @@ class Supervisor:
         if life.streams is None:
             stdout, stderr = process.take_logs()
             assert stdout is not None
-            life.streams = self.logs.attach(life.pool, life.worker_id, process.generation, stdout, stderr)
+            life.streams = self.logs.attach(life.pool, life.worker_id, process.generation, stdout, stderr, life.staging)
         return life.streams
 
     def _line_ended(self, life: _Life) -> None:
@@ -473,10 +506,9 @@ class Supervisor:
             self.feed(life.worker_id, Running(life.process.generation))
 
     def _over(self, life: _Life) -> None:
-        """Nothing but init is left: take what the pipes still hold, and let init go."""
+        """Nothing but init is left: take what the pipes still hold, and when that is safe let init go."""
         life.over = True
-        self._drain(life)
-        life.process.acknowledge()
+        self.logs.drain(self._attach(life), life.process.acknowledge)
 
     def _drain(self, life: _Life) -> None:
         self.logs.drain(self._attach(life))

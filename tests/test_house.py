@@ -23,7 +23,7 @@ ROWS = [
     "machine restart deps rollout schedule adopt lines config diff render selection plan openapi",
     "workers",
     "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging snapshot "
-    "logfile journal",
+    "logfile follower journal",
     "loop sim",
     "executor run foreground http operation",
     "ctl client",
@@ -42,6 +42,9 @@ WITHIN_ROW = {
     ("cli", "fast"),
     ("cli", "up"),
     ("logs", "logfile"),
+    ("logs", "follower"),
+    ("logs", "staging"),
+    ("follower", "logfile"),
     ("journal", "logs"),
     ("journal", "snapshot"),
 }
