@@ -390,6 +390,14 @@ def is_there(host_pid: int) -> bool:
     return Path(f"/proc/{host_pid}").exists()
 
 
+def wait_executed(host_pid: int) -> None:
+    """Until a process that was started shows the program's arguments, name and credentials: init is told of the exec
+    when it cannot fail any more, some microseconds before it is complete."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # so short was its life
+        proc = Path(f"/proc/{host_pid}")
+        eventually(lambda: (proc / "cmdline").read_bytes() != b"" or status_of(host_pid)["State"].startswith("Z"))
+
+
 def eventually(condition: Callable[[], bool]) -> None:
     """Until condition() holds: for what the kernel does on its own and tells nobody. Yields, does not sleep."""
     deadline = time.monotonic() + PATIENCE

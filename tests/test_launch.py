@@ -41,6 +41,7 @@ from launching import (
     shell,
     status_of,
     tree_of,
+    wait_executed,
     wait_readable,
 )
 
@@ -96,6 +97,7 @@ def running(plan: Plan, launcher: Launcher | None = None) -> Iterator[tuple[Driv
             while not life.process.line_ended:  # that is the exec
                 wait_readable(life.process.line)
                 life.heard += life.process.receive()
+        wait_executed(host_pid)
         yield life, host_pid
 
 
@@ -154,8 +156,8 @@ def test_only_stdio_is_open(init: bool) -> None:
     for fd in strays:
         os.set_inheritable(fd, True)
     with running(plan_of("/bin/sleep", "1000", init=init)) as (life, host_pid):
-        links = {int(fd): os.readlink(f"/proc/{host_pid}/fd/{fd}") for fd in os.listdir(f"/proc/{host_pid}/fd")}
-        assert set(links) == {0, 1, 2}
+        eventually(lambda: sorted(os.listdir(f"/proc/{host_pid}/fd")) == ["0", "1", "2"])  # its loader is through
+        links = [os.readlink(f"/proc/{host_pid}/fd/{fd}") for fd in range(3)]
         assert links[0] == "/dev/null"
         ours = [os.readlink(f"/proc/self/fd/{log}") for log in (life.process.stdout, life.process.stderr)]
         assert [links[1], links[2]] == ours
