@@ -76,15 +76,13 @@ class _Pool:
     """What is kept of a pool beside its spec.
 
     ids: by index, those being removed as well. up: whether a new worker is to be started: at first if the pool is
-    enabled, later what was last asked of its workers. wanting: how many of them want to be up. numbers: index ->
-    generation of workers that were removed, so that the numbers of one id never repeat.
+    enabled, later what was last asked of its workers. wanting: how many of them want to be up.
     """
 
-    __slots__ = ("ids", "numbers", "removing", "up", "wanting")
+    __slots__ = ("ids", "removing", "up", "wanting")
 
     def __init__(self, up: bool) -> None:
         self.ids: dict[int, str] = {}
-        self.numbers: dict[int, int] = {}
         self.removing = False
         self.up = up
         self.wanting = 0
@@ -120,6 +118,8 @@ class WorkerSet:
         self._note_change = changed
         self._state: dict[str, _Pool] = {}
         self._heap: list[tuple[float, str]] = []
+        # Generations of workers that were removed: the numbers of one id never repeat, not even in a new pool.
+        self._numbers: dict[str, int] = {}
 
     # --- pools -----------------------------------------------------------------------------------------------------
 
@@ -216,9 +216,11 @@ class WorkerSet:
         return actions
 
     def _create(self, name: str, index: int) -> str:
-        pool = self._state[name]
-        worker = Worker(pool=name, index=index, generation=pool.numbers.pop(index, 0))
-        pool.ids[index] = worker_id = worker.id
+        worker = Worker(pool=name, index=index)
+        worker_id = worker.id
+        if worker_id in self._numbers:
+            worker = replace(worker, generation=self._numbers.pop(worker_id))
+        self._state[name].ids[index] = worker_id
         self.workers[worker_id] = worker
         return worker_id
 
@@ -232,7 +234,7 @@ class WorkerSet:
         self._note_change(worker.id, None)
         del self.workers[worker.id]
         del pool.ids[worker.index]
-        pool.numbers[worker.index] = worker.generation
+        self._numbers[worker.id] = worker.generation
         self._say(now, "removed", worker=worker.id)
         return True
 
