@@ -19,7 +19,7 @@ import msgspec
 
 from nssup import __version__, adopt, clone, config, machine, plan, procfs, wire
 from nssup.custody import Claim, Custody, Directories, refused
-from nssup.errors import LaunchError, errno_name
+from nssup.errors import ControlError, LaunchError, errno_name
 from nssup.events import (
     Empty,
     Event,
@@ -29,8 +29,10 @@ from nssup.events import (
     Kill,
     Launched,
     LaunchFailed,
+    Restart,
     Running,
     SetupFailed,
+    Start,
     Started,
     State,
     Stop,
@@ -101,6 +103,7 @@ class Supervisor:
         self._custody: Custody | None = None
         self._claims: dict[str, list[Claim]] = {}  # of pools that are prepared and not added yet
         self.leaving = False
+        self._ending = False
         self._closes = contextlib.AsyncExitStack()
 
     # --- opening and closing -------------------------------------------------------------------------------------
@@ -179,7 +182,11 @@ class Supervisor:
         self.shutdown()
 
     async def stop_all(self) -> None:
-        """Stop every worker by its stop sequence, pools in reverse order, and wait until each is proven gone."""
+        """Stop every worker by its stop sequence, pools in reverse order, and wait until each is proven gone.
+
+        For good: nobody can start anything from now on.
+        """
+        self._ending = True
         for pool in reversed(list(self.workers.pools)):
             for worker in [w for w in self.workers.workers.values() if w.pool == pool]:
                 self.feed(worker.id, Stop())
@@ -222,7 +229,10 @@ class Supervisor:
         return time.time() - now() + at
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
-        """callback gets every event from now on, on the loop's thread. Returns the function that ends it."""
+        """callback gets every event from now on, on the loop's thread. Returns the function that ends it.
+
+        It is called in the middle of a change: what it wants done, it does by loop.call_soon.
+        """
         self._subscribers.append(callback)
 
         def unsubscribe() -> None:
@@ -266,6 +276,7 @@ class Supervisor:
 
     def _prepare(self, spec: PoolSpec) -> None:
         """What can be refused about a pool, before anything of it is done. Again: changes nothing."""
+        self._check_open()
         if spec.name in self.workers.pools:
             return  # the workers refuse it, and those of that name go on as they are
         account = plan.Account(*config.account(validate(spec), self._host))
@@ -317,11 +328,19 @@ class Supervisor:
         self._do(self.workers.remove_pool(name, now()))
 
     def scale(self, pool: str, workers: int) -> None:
+        """Raises ControlError: there is no such pool, it is on its way out, so are we."""
+        self._check_open()
         self._do(self.workers.scale(pool, workers, now()))
 
     def feed(self, worker_id: str, event: Input) -> None:
         """An operator's event, or the world's. Raises ControlError when there is no such worker."""
+        if self._ending and isinstance(event, Start | Restart):
+            event = Stop()
         self._do(self.workers.feed(worker_id, event, now()))
+
+    def _check_open(self) -> None:
+        if self._ending:
+            raise ControlError("ending", "this supervisor is ending", http_status=409)
 
     def namespaces(self, worker_id: str) -> dict[str, int]:
         worker = self.workers.workers[worker_id]
@@ -572,7 +591,12 @@ class Supervisor:
             self._prepared.pop(event.pool, None)
             self.logs.close_pool(event.pool)
         for callback in tuple(self._subscribers):
-            callback(event)
+            try:
+                callback(event)
+            except Exception as error:  # his trouble, not ours: we are in the middle of a change
+                self._loop.call_exception_handler(
+                    {"message": "an observer of nssup's events failed", "exception": error}
+                )
 
     def _log_failed(self, pool: str, errno: int, dropped_bytes: int) -> None:
         self.workers.note(
