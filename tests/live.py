@@ -102,12 +102,17 @@ class PidNamespaces:
 
 def marked(directory: Path) -> list[int]:
     """The host PIDs of all processes that were told this directory in their environment."""
-    wanted, found = f"{MARK}={directory}".encode(), []
+    found = []
     for host_pid in process_ids():
         with contextlib.suppress(OSError):
-            if wanted in Path(f"/proc/{host_pid}/environ").read_bytes().split(b"\0"):
+            if f"{MARK}={directory}" in environment(host_pid):
                 found.append(host_pid)
     return found
+
+
+def environment(host_pid: int) -> list[str]:
+    """`NAME=value` of each variable that the process was started with."""
+    return Path(f"/proc/{host_pid}/environ").read_bytes().decode(errors="replace").split("\0")
 
 
 def described(host_pid: int) -> str:

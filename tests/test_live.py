@@ -13,12 +13,12 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from live import PATIENCE, PidNamespaces, Witness, namespace_pids, needs_namespaces, wait_readable
+from live import PATIENCE, PidNamespaces, Witness, environment, namespace_pids, needs_namespaces, wait_readable
 
-from nssup import ControlError, PoolSpec, Supervisor
-from nssup.events import Kill, State
+from nssup import ControlError, PoolSpec, SpecError, Supervisor
+from nssup.events import Kill, Restart, Start, State, Stop
 from nssup.loop import LAUNCHES_PER_TURN
-from nssup.spec import Backoff, RestartPolicy, StopStep, SupervisorSpec
+from nssup.spec import Backoff, LogSpec, RestartPolicy, StopStep, SupervisorSpec
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -273,3 +273,332 @@ async def test_a_supervisor_on_a_thread_of_its_own(tmp_path: Path) -> None:
     thread.start()
     await asyncio.get_running_loop().run_in_executor(None, thread.join)
     assert seen[0].names("web/1") == ["launched", "started", "stop_begun", "stopped"]
+
+
+# --- pools ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_pool_that_is_there_is_not_touched_by_another_of_its_name(
+    live: tuple[Supervisor, Witness],
+) -> None:
+    supervisor, witness = live
+    supervisor.add_pool(pool("web", env={"WHO": "first"}, restart=policy(0.0)))
+    await witness.wait("started", "web/0")
+    with pytest.raises(ControlError, match="pool web is there already"):
+        supervisor.add_pool(pool("web", "false", env={"WHO": "second"}))
+    supervisor.feed("web/0", Kill(signal.SIGKILL))
+    again = await witness.wait("started", "web/0", generation=2)
+    assert again.host_pid is not None
+    assert "WHO=first" in environment(again.host_pid)
+
+
+async def test_a_pool_that_cannot_be(live: tuple[Supervisor, Witness]) -> None:
+    supervisor, witness = live
+    for bad, why in (
+        (pool("../web"), "'../web' is no pool name"),
+        (pool("nssup"), "nssup is the name of the supervisor's own log"),
+        (pool("web", user="no-such-user"), "no-such-user"),
+        (pool("web", group="no-such-group"), "no-such-group"),
+        (pool("web", "a\0b"), "holds a NUL byte"),
+        (pool("web", namespaces=("mount",)), "must hold pid"),
+    ):
+        with pytest.raises(SpecError, match=why):
+            supervisor.add_pool(bad)
+    assert (witness.events, supervisor.workers.pools) == ([], {})
+    supervisor.add_pool(pool("web"))
+    await witness.wait("started", "web/0")
+
+
+async def test_a_pool_whose_log_cannot_be_opened(tmp_path: Path) -> None:
+    async with Supervisor(directories(tmp_path)) as supervisor:
+        witness = Witness(supervisor)
+        (tmp_path / "l" / "web.jsonl").mkdir()
+        with pytest.raises(ControlError, match=f"cannot open {tmp_path}/l/web.jsonl: Is a directory"):
+            supervisor.add_pools([pool("first"), pool("web")])
+        assert (witness.events, supervisor.workers.pools) == ([], {})
+        (tmp_path / "l" / "web.jsonl").rmdir()
+        supervisor.add_pools([pool("first"), pool("web")])
+        await witness.wait("started", "web/0")
+
+
+async def test_a_pool_that_is_removed_and_added_again(live: tuple[Supervisor, Witness]) -> None:
+    """Numbers of lives of one id never repeat in a run of the supervisor."""
+    supervisor, witness = live
+    supervisor.add_pool(pool("web", workers=2))
+    await witness.wait("started", "web/1")
+    supervisor.remove_pool("web")
+    with pytest.raises(ControlError, match="pool web is there already"):
+        supervisor.add_pool(pool("web"))
+    gone = await witness.wait("pool_removed", "web")
+    assert supervisor.workers.workers == {}
+    supervisor.add_pool(pool("web", "sh", "-c", "exit 3"))
+    assert (await witness.wait("backed_off", "web/0", after=gone.seq)).generation == 2
+
+
+async def test_one_observer_that_fails_harms_nobody(live: tuple[Supervisor, Witness]) -> None:
+    supervisor, _ = live
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context["exception"]))
+
+    def fail(event: Event) -> None:
+        raise Trouble(event.event)
+
+    supervisor.subscribe(fail)
+    witness = Witness(supervisor)
+    supervisor.add_pool(pool("web", workers=2))
+    await witness.wait("started", "web/0")
+    await witness.wait("started", "web/1")
+    assert [str(each) for each in complaints] == [event.event for event in witness.events]
+
+
+# --- restarts ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_crash_loop_waits_as_configured(live: tuple[Supervisor, Witness]) -> None:
+    supervisor, witness = live
+    backoff = Backoff(first=0.03, factor=2.0, max=0.1, jitter=0.2)
+    supervisor.add_pool(pool("web", "sh", "-c", "exit 3", restart=RestartPolicy(backoff=backoff)))
+    for generation, wait in enumerate([0.03, 0.06, 0.1, 0.1], 1):
+        backed_off = await witness.wait("backed_off", "web/0", generation=generation)
+        relaunched = await witness.wait("relaunched", "web/0", generation=generation + 1)
+        assert (backed_off.reason, backed_off.from_, relaunched.reason) == ("exit:3", "running", "exit:3")
+        assert backed_off.exit is not None
+        assert backed_off.exit.code == 3
+        # By the one clock, to the jitter; late by no more than a busy machine makes it.
+        assert 0.8 * wait <= relaunched.ts - backed_off.ts <= 1.2 * wait + 0.1
+    assert supervisor.workers.workers["web/0"].restarts == 4
+
+
+async def test_the_first_restart_of_a_settled_life_is_immediate(live: tuple[Supervisor, Witness]) -> None:
+    supervisor, witness = live
+    restart = policy(0.02, settle=0.05)
+    supervisor.add_pool(pool("web", "sh", "-c", "sleep 0.06; exit 3", restart=restart))
+    await witness.wait("backed_off", "web/0")
+    assert witness.names("web/0") == ["launched", "started", "relaunched", "started", "backed_off"]
+    relaunched = await witness.wait("relaunched", "web/0")
+    first = await witness.wait("started", "web/0")
+    assert (relaunched.from_, relaunched.to, relaunched.generation) == ("running", "starting", 2)
+    assert relaunched.exit is not None
+    assert relaunched.exit.reason == "exit:3"
+    assert relaunched.detail == {"ended": {"generation": 1, "host_pid": first.host_pid, "ns_pid": 2}}
+
+
+async def test_stopped_and_started_while_it_waits(live: tuple[Supervisor, Witness]) -> None:
+    supervisor, witness = live
+    supervisor.add_pool(pool("web", "sh", "-c", "exit 3", restart=policy(5.0)))
+    waiting = await witness.wait("backed_off", "web/0")
+    supervisor.feed("web/0", Stop())
+    stopped = await witness.wait("stopped", "web/0")
+    assert stopped.reason == "operator"
+    assert stopped.ts - waiting.ts < 5.0
+    supervisor.feed("web/0", Start())
+    await witness.wait("backed_off", "web/0", after=stopped.seq)
+    supervisor.feed("web/0", Restart())
+    third = await witness.wait("backed_off", "web/0", generation=3)
+    assert third.ts - stopped.ts < 5.0
+    assert supervisor.workers.workers["web/0"].restarts == 0
+
+
+async def test_stopped_before_it_runs(live: tuple[Supervisor, Witness]) -> None:
+    """Those with an init, and those that are not even launched yet."""
+    supervisor, witness = live
+    supervisor.add_pool(pool("web", workers=2 * LAUNCHES_PER_TURN))
+    ids = list(supervisor.workers.workers)
+    for worker_id in ids:
+        supervisor.feed(worker_id, Stop())
+    for worker_id in ids:
+        await witness.wait("stopped", worker_id)
+        assert witness.names(worker_id) == ["launched", "stop_begun", "stopped"]
+    # And once more, with a change of mind in between.
+    supervisor.feed("web/0", Start())
+    supervisor.feed("web/0", Stop())
+    supervisor.feed("web/0", Start())
+    await witness.wait("started", "web/0")
+
+
+async def test_restarted_by_an_operator(live: tuple[Supervisor, Witness]) -> None:
+    supervisor, witness = live
+    supervisor.add_pool(pool("web"))
+    first = await witness.wait("started", "web/0")
+    supervisor.feed("web/0", Restart())
+    second = await witness.wait("started", "web/0", generation=2)
+    assert second.host_pid != first.host_pid
+    assert witness.names("web/0") == ["launched", "started", "stop_begun", "launched", "started"]
+    assert supervisor.workers.workers["web/0"].restarts == 0
+
+
+async def test_scaled_up_and_down(live: tuple[Supervisor, Witness]) -> None:
+    supervisor, witness = live
+    supervisor.add_pool(pool("web", workers=2))
+    await witness.wait("started", "web/1")
+    supervisor.scale("web", 5)
+    for index in range(5):
+        await witness.wait("started", f"web/{index}")
+    supervisor.scale("web", 1)
+    removed = [await witness.wait("removed", f"web/{index}") for index in range(4, 0, -1)]
+    assert list(supervisor.workers.workers) == ["web/0"]
+    supervisor.scale("web", 2)
+    again = await witness.wait("started", "web/1", after=removed[-1].seq)
+    assert again.generation == 2
+    supervisor.scale("web", 0)
+    await witness.wait("removed", "web/0")
+    await witness.wait("removed", "web/1", after=again.seq)
+    assert supervisor.workers.workers == {}
+
+
+async def test_oneshots(live: tuple[Supervisor, Witness]) -> None:
+    supervisor, witness = live
+    never, failures = RestartPolicy(policy="never"), policy(0.01, policy="on-failure")
+    supervisor.add_pool(pool("good", "true", type="oneshot", restart=never))
+    supervisor.add_pool(pool("bad", "sh", "-c", "exit 3", type="oneshot", restart=never))
+    supervisor.add_pool(pool("gone", "/not/here", type="oneshot", restart=never))
+    # Fails until its third life.
+    stubborn = ("sh", "-c", 'exit "$((NSSUP_GENERATION < 3))"')
+    supervisor.add_pool(pool("again", *stubborn, type="oneshot", restart=failures))
+    good = await witness.wait("finished", "good/0")
+    assert (good.to, good.reason, good.exit and good.exit.code) == ("done", "exit:0", 0)
+    bad = await witness.wait("failed", "bad/0")
+    assert (bad.to, bad.reason, bad.exit and bad.exit.code) == ("failed", "exit:3", 3)
+    assert (await witness.wait("failed", "gone/0")).reason == "exec-failed:ENOENT"
+    assert (await witness.wait("finished", "again/0")).generation == 3
+    supervisor.feed("good/0", Start())
+    assert (await witness.wait("finished", "good/0", generation=2)).reason == "exit:0"
+
+
+async def test_the_end_is_the_end(live: tuple[Supervisor, Witness]) -> None:
+    """Who stops everything for good is not held up by somebody who goes on starting things."""
+    supervisor, witness = live
+    deaf = pool("deaf", *STUBBORN, stop=(StopStep(signal.SIGTERM, 0.1), StopStep(None)))
+    await wait_output(supervisor, deaf, "deaf")
+    supervisor.add_pool(pool("idle", enabled=False))
+
+    def meddle(event: Event) -> None:
+        if event.event in ("stop_begun", "stopped") and event.worker == "deaf/0":
+            loop.call_soon(supervisor.feed, "deaf/0", Start())
+            loop.call_soon(supervisor.feed, "deaf/0", Restart())
+            loop.call_soon(supervisor.feed, "idle/0", Start())
+            loop.call_soon(scale)
+
+    def scale() -> None:
+        with pytest.raises(ControlError, match="is ending"):
+            supervisor.scale("idle", 3)
+        with pytest.raises(ControlError, match="is ending"):
+            supervisor.add_pool(pool("more"))
+        refused.append(True)
+
+    refused: list[bool] = []
+    loop = asyncio.get_running_loop()
+    supervisor.subscribe(meddle)
+    async with asyncio.timeout(PATIENCE):
+        await supervisor.stop_all()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert refused
+    assert {w.state for w in supervisor.workers.workers.values()} == {State.STOPPED}
+    assert "started" not in witness.names("deaf/0")[2:]
+    assert "launched" not in witness.names("idle/0")
+
+
+# --- descriptors, output, and who else is in the program --------------------------------------------------------------
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize(("merge", "each"), [(False, 4), (True, 3)])
+async def test_descriptors_at_rest(live: tuple[Supervisor, Witness], merge: bool, each: int) -> None:
+    """docs/contracts.md, part g."""
+    supervisor, witness = live
+    before = open_descriptors()
+    supervisor.add_pool(pool("web", workers=20, log=LogSpec(merge=merge)))
+    for index in range(20):
+        await witness.wait("started", f"web/{index}")
+    assert open_descriptors() - before == 20 * each
+    supervisor.remove_pool("web")
+    await witness.wait("pool_removed")
+    assert open_descriptors() == before
+
+
+async def test_output_has_both_pids_and_is_whole(tmp_path: Path) -> None:
+    """Also of a program that ends right after it, and of the next life of the worker."""
+    script = 'echo "hello from $NSSUP_GENERATION"; echo trouble >&2; printf "no newline"; exit 3'
+    async with Supervisor(directories(tmp_path)) as supervisor:
+        witness = Witness(supervisor)
+        supervisor.add_pool(pool("web", "sh", "-c", script, restart=policy(0.01)))
+        ends = [await witness.wait("backed_off", "web/0", generation=n) for n in (1, 2)]
+    records = [json.loads(line) for line in (tmp_path / "l" / "web.jsonl").read_text().splitlines()]
+    for end in ends:
+        mine = [record for record in records if record["generation"] == end.generation]
+        assert {(r["worker"], r["host_pid"], r["ns_pid"]) for r in mine} == {("web/0", end.host_pid, 2)}
+        assert sorted((r["stream"], r["offset"], r["msg"], r.get("nl", True)) for r in mine) == [
+            ("stderr", 0, "trouble", True),
+            ("stdout", 0, f"hello from {end.generation}", True),
+            ("stdout", 13, "no newline", False),
+        ]
+    assert supervisor.last_lines("web/0", 1) == []  # the log is closed
+    own = [json.loads(line) for line in (tmp_path / "l" / "nssup.jsonl").read_text().splitlines()]
+    assert [record["seq"] for record in own] == [event.seq for event in witness.events]
+
+
+async def test_output_held_open_outside_holds_up_nobody(live: tuple[Supervisor, Witness], tmp_path: Path) -> None:
+    """Somebody outside has an end of the worker's stdout. Its end is its end all the same."""
+    supervisor, witness = live
+    await wait_output(supervisor, pool("web", "sh", "-c", "echo here; exec sleep 1000", restart=policy(9.0)), "here")
+    host_pid = supervisor.workers.workers["web/0"].host_pid
+    held = os.open(f"/proc/{host_pid}/fd/1", os.O_WRONLY)
+    try:
+        supervisor.feed("web/0", Kill(signal.SIGKILL))
+        assert (await witness.wait("backed_off", "web/0")).reason == "signal:SIGKILL"
+        supervisor.feed("web/0", Stop())
+        await witness.wait("stopped", "web/0")
+    finally:
+        os.close(held)
+
+
+def plain_child(code: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sh", "-c", f"exit {code}"])
+
+
+async def test_children_of_the_program_are_its_own(live: tuple[Supervisor, Witness]) -> None:
+    supervisor, witness = live
+    supervisor.add_pool(pool("web", "true", workers=10, restart=policy(0.01)))
+    mine = [await asyncio.create_subprocess_exec("sh", "-c", f"exit {code}") for code in range(5)]
+    for generation in (1, 2, 3):
+        for index in range(10):
+            await witness.wait("backed_off", f"web/{index}", generation=generation)
+    assert [await each.wait() for each in mine] == list(range(5))
+    plain = plain_child(7)
+    await witness.wait("backed_off", "web/0", generation=4)
+    assert plain.wait() == 7
+
+
+async def test_a_program_that_reaps_all_its_children(live: tuple[Supervisor, Witness]) -> None:
+    """As some do on SIGCHLD. How the worker ended is known all the same, from init; and it is still proven gone."""
+    supervisor, witness = live
+    supervisor.add_pool(pool("web", "sh", "-c", "exit 3", restart=RestartPolicy(policy="never")))
+    await witness.wait("started", "web/0")
+
+    def reap_all(signo: int, frame: object) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+    before = signal.signal(signal.SIGCHLD, reap_all)
+    try:
+        failed = await witness.wait("failed", "web/0")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert failed.reason == "exit:3"
+
+
+async def test_a_program_that_ignores_sigchld(live: tuple[Supervisor, Witness]) -> None:
+    """Then the kernel keeps no zombies, and there is nothing to wait for."""
+    supervisor, witness = live
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        supervisor.add_pool(pool("web", "sh", "-c", "exit 3", workers=3, restart=RestartPolicy(policy="never")))
+        for index in range(3):
+            assert (await witness.wait("failed", f"web/{index}")).reason == "exit:3"
+    finally:
+        signal.signal(signal.SIGCHLD, before)
