@@ -23,6 +23,15 @@ class Listener:
         self.socket = sock
         self._identity = _identity(path)
 
+    def keep(self) -> int:
+        """A descriptor of the socket, the caller's, for whoever listens there next: from now on the file stays.
+
+        Who connects in between waits in the queue. Raises OSError.
+        """
+        fd = os.dup(self.socket.fileno())
+        self._identity = None
+        return fd
+
     def remove(self) -> None:
         """Removes the file, if it is still the one made here. The socket is somebody else's by now."""
         if self._identity is not None and _identity(self.path) == self._identity:
@@ -49,6 +58,34 @@ def listen(path: str, *, lock_held: bool) -> Listener:
         return Listener(path, _bind(path))
     except OSError as e:
         raise _unusable(path, f"cannot listen: {e.strerror or e}") from e
+
+
+def resume(path: str, fd: int) -> Listener | None:
+    """A listener that a supervisor before us left, in fd, which is ours from here on.
+
+    None when it does not listen at path, or nobody could reach it there any more; then fd is closed.
+    """
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:  # no socket at all
+        os.close(fd)
+        return None
+    try:
+        if _listens_at(sock, path) and stat.S_ISSOCK(os.lstat(path).st_mode):
+            sock.setblocking(False)
+            return Listener(path, sock)
+    except OSError:
+        pass
+    sock.close()
+    return None
+
+
+def _listens_at(sock: socket.socket, path: str) -> bool:
+    return (
+        (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM)
+        and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+        and sock.getsockname() == path
+    )
 
 
 def _check_path(path: str) -> None:

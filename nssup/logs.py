@@ -81,15 +81,25 @@ class _Pipe:
     left: of a life that is over, how many bytes are still to be taken.
     """
 
-    __slots__ = ("fd", "framer", "left", "life", "number", "staging")
+    __slots__ = ("fd", "framer", "kind", "left", "life", "number", "staging")
 
-    def __init__(self, fd: int, life: "Streams", framer: Framer, staging: Staging | None, number: int) -> None:
+    def __init__(
+        self, fd: int, life: "Streams", kind: int, framer: Framer, staging: Staging | None, number: int
+    ) -> None:
         self.fd = fd
         self.life = life
+        self.kind = kind
         self.framer = framer
         self.staging = staging
         self.number = number
         self.left: int | None = None
+
+
+class Passed(NamedTuple):
+    """A stream that somebody else reads on. fd: -1 when it is at its end. offset: bytes of it that are in records."""
+
+    fd: int = -1
+    offset: int = 0
 
 
 class Streams:
@@ -304,23 +314,25 @@ class LogHub:
         pool: str,
         worker_id: str,
         generation: int,
-        stdout_fd: int,
+        stdout_fd: int | None,
         stderr_fd: int | None = None,
         staging: Staging | None = None,
+        offsets: tuple[int, int] = (0, 0),
     ) -> Streams:
         """Takes the read ends of a life's pipes, and closes them when their time comes. Raises KeyError: no such log.
 
         stderr_fd None: stderr goes into the same pipe, and all records say `stdout`. staging: what `place` gave for
-        this life, or what its init kept (`placed`): then its streams go on where they stood.
+        this life, or what its init kept (`placed`): then its streams go on where they stood. offsets: where streams
+        without staging stand, which `pass_on` told.
         """
         life = Streams(self._pools[pool], worker_id, generation)
         for kind, fd in enumerate((stdout_fd, stderr_fd)):
             if fd is not None:
-                self._attach(life, fd, kind, staging)
+                self._attach(life, fd, kind, staging, offsets[kind])
         life._pool.lives.add(life)
         return life
 
-    def _attach(self, life: Streams, fd: int, kind: int, staging: Staging | None) -> None:
+    def _attach(self, life: Streams, fd: int, kind: int, staging: Staging | None, offset: int) -> None:
         os.set_blocking(fd, False)
         number = -1
         if staging is not None:
@@ -333,7 +345,9 @@ class LogHub:
                 life._pool.ending.add((staging, number))
                 os.close(fd)
                 return
-        pipe = _Pipe(fd, life, Framer(life.worker_id, life.generation, STREAMS[kind]), staging, number)
+        framer = Framer(life.worker_id, life.generation, STREAMS[kind])
+        framer.offset = offset
+        pipe = _Pipe(fd, life, kind, framer, staging, number)
         self._epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
         self._pipes[fd] = pipe
         life._pipes.append(pipe)
@@ -366,6 +380,23 @@ class LogHub:
         for pipe in list(life._pipes):
             self._forget(pipe)
         life._pool.lives.discard(life)
+
+    def pass_on(self, life: Streams) -> tuple[Passed, Passed]:
+        """Lets go of a life's pipes, and gives copies of stdout's and stderr's to the caller, for whoever reads on.
+
+        Part of a line is a record of its own then. Raises OSError.
+        """
+        passed = [Passed(), Passed()]
+        wall = self._wall()
+        for pipe in list(life._pipes):
+            fd = os.dup(pipe.fd)
+            if pipe.staging is None:
+                self._end(pipe, wall)
+            else:
+                self._forget(pipe)
+            passed[pipe.kind] = Passed(fd, pipe.framer.offset)
+        life._pool.lives.discard(life)
+        return passed[0], passed[1]
 
     def append(self, log: str, records: bytes) -> None:
         """Takes ready-made records, whole lines that begin with their `ts`, into an open log. Raises KeyError."""
