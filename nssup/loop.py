@@ -61,7 +61,19 @@ def now() -> float:
 class _Life:
     """One life of a worker as the shell holds it. Flags keep what init says once from being believed twice."""
 
-    __slots__ = ("adopted", "exited", "failed", "over", "pool", "process", "running", "staging", "streams", "worker_id")
+    __slots__ = (
+        "adopted",
+        "exited",
+        "failed",
+        "notified",
+        "over",
+        "pool",
+        "process",
+        "running",
+        "staging",
+        "streams",
+        "worker_id",
+    )
 
     def __init__(self, worker_id: str, pool: str, process: clone.Process) -> None:
         self.worker_id = worker_id
@@ -69,6 +81,7 @@ class _Life:
         self.process = process
         self.streams: Streams | None = None
         self.staging: Staging | None = None
+        self.notified = wire.Notified()
         self.adopted = self.running = self.failed = self.exited = self.over = False
 
 
@@ -451,6 +464,8 @@ class Supervisor:
         for number, message in enumerate(messages):
             if message.generation != process.generation:
                 continue
+            if isinstance(message, wire.Notify | wire.State):
+                life.notified = message.notified
             empty = number + 1 < len(messages) and isinstance(messages[number + 1], wire.Empty)
             self._take(life, message, empty)
         if process.line_ended:

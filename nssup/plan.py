@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from nssup.record import UNLIMITED, Identity, Plan
+from nssup.record import UNLIMITED, Identity, Notify, Plan
 from nssup.spec import PoolSpec, User, expand
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -62,14 +62,23 @@ def namespaces_for(spec: PoolSpec, privileged: bool) -> frozenset[str]:
     return frozenset(spec.namespaces) if privileged else frozenset(spec.namespaces) | {"user"}
 
 
-def prepare(spec: PoolSpec, account: Account, inherited: Mapping[str, str], privileged: bool) -> "Prepared":
-    """What all lives of the pool share. inherited: the supervisor's environment. privileged: it has CAP_SYS_ADMIN."""
+def prepare(
+    spec: PoolSpec,
+    account: Account,
+    inherited: Mapping[str, str],
+    privileged: bool,
+    notify: Notify | None = None,
+) -> "Prepared":
+    """What all lives of the pool share. inherited: the supervisor's environment. privileged: it has CAP_SYS_ADMIN.
+
+    notify: how its programs say that they are ready; NOTIFY_SOCKET is in their environment where that is a socket.
+    """
     env = environment(spec, account.user, inherited)
     limits = tuple(
         (RLIMITS[name], UNLIMITED if soft is None else soft, UNLIMITED if hard is None else hard)
         for name, (soft, hard) in spec.rlimits.items()
     )
-    return Prepared(spec, env, namespaces_for(spec, privileged), account.identity, limits)
+    return Prepared(spec, env, namespaces_for(spec, privileged), account.identity, limits, notify)
 
 
 def _bytes(text: str) -> bytes:
@@ -82,6 +91,7 @@ class Prepared(NamedTuple):
     namespaces: frozenset[str]
     identity: Identity | None
     rlimits: tuple[tuple[int, int, int], ...]
+    notify: Notify | None = None
 
     def plan(self, index: int, generation: int) -> Plan:
         """The launch of life `generation` of worker `index`."""
@@ -95,6 +105,8 @@ class Prepared(NamedTuple):
         env["NSSUP_INDEX"] = str(index)
         env["NSSUP_ID"] = f"{spec.name}/{index}"
         env["NSSUP_GENERATION"] = str(generation)
+        if self.notify is not None and self.notify.socket is not None:
+            env["NOTIFY_SOCKET"] = self.notify.socket.decode("utf-8", "surrogateescape")
         argv = [fill(word) for word in spec.command]
         return Plan(
             generation=generation,
@@ -111,4 +123,5 @@ class Prepared(NamedTuple):
             identity=self.identity,
             umask=spec.umask,
             rlimits=self.rlimits,
+            notify=self.notify,
         )

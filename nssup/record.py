@@ -25,6 +25,7 @@ FIELD_IDENTITY = 8
 FIELD_UMASK = 9
 FIELD_RLIMITS = 10
 FIELD_MOUNT_ID = 11
+FIELD_NOTIFY = 16
 
 OPTION_INIT = 1
 OPTION_MOUNT_NS = 2
@@ -32,11 +33,15 @@ OPTION_PROC = 4
 OPTION_TTY = 8
 OPTION_USER_NS = 16
 
+WISH_SOCKET = 1
+WISH_READY_FD = 2
+
 _HEAD = struct.Struct("<IHHII")
 _FIELD = struct.Struct("<HHI")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _RLIMIT = struct.Struct("<IIQQ")
+_NOTIFY = struct.Struct("<II")
 _PADDING = (b"", b"\0" * 7, b"\0" * 6, b"\0" * 5, b"\0" * 4, b"\0" * 3, b"\0" * 2, b"\0")
 
 
@@ -46,10 +51,29 @@ class Identity(NamedTuple):
     groups: tuple[int, ...]
 
 
+class Notify(NamedTuple):
+    """How a program may tell its init that it is ready, and more.
+
+    directory: an existing one, absolute, in which the program finds the socket of sd_notify(3) as `socket`, and nothing
+    else: a small file system is mounted over it inside. It takes the `mount` namespace; the program's user must be able
+    to reach the directory. None: no socket. ready_fd: the number, 3 or more, as which the program has a pipe to write a
+    newline to. None: no pipe.
+    """
+
+    directory: bytes | None = None
+    ready_fd: int | None = None
+
+    @property
+    def socket(self) -> bytes | None:
+        """What NOTIFY_SOCKET is to say."""
+        return None if self.directory is None else self.directory + b"/notify"
+
+
 class Plan(NamedTuple):
     """One life's launch, everything resolved. argv, env ("NAME=VALUE"), candidates (paths to try in order), directory
     and hostname are file-system encoded. rlimits: (resource number, soft, hard), UNLIMITED for no limit. identity None:
-    the supervisor's own. die: the life ends with its supervisor. namespaces: names of spec.NAMESPACES."""
+    the supervisor's own. die: the life ends with its supervisor. namespaces: names of spec.NAMESPACES. notify: read by
+    init; without one the record is refused (`record`, EINVAL)."""
 
     generation: int
     argv: tuple[bytes, ...]
@@ -65,6 +89,7 @@ class Plan(NamedTuple):
     identity: Identity | None = None
     umask: int | None = None
     rlimits: tuple[tuple[int, int, int], ...] = ()
+    notify: Notify | None = None
 
 
 def _field(kind: int, data: bytes, flags: int = MUST) -> bytes:
@@ -89,6 +114,11 @@ def options_of(plan: Plan) -> int:
         | (OPTION_TTY if plan.tty else 0)
         | (OPTION_USER_NS if "user" in plan.namespaces else 0)
     )
+
+
+def _notify(notify: Notify) -> bytes:
+    wishes = (0 if notify.directory is None else WISH_SOCKET) | (0 if notify.ready_fd is None else WISH_READY_FD)
+    return _NOTIFY.pack(wishes, notify.ready_fd or 0) + (notify.directory or b"") + b"\0"
 
 
 def encode(plan: Plan, token: bytes, mount_id: int) -> bytes:
@@ -116,6 +146,8 @@ def encode(plan: Plan, token: bytes, mount_id: int) -> bytes:
     if plan.rlimits:
         limits = b"".join(_RLIMIT.pack(resource, 0, soft, hard) for resource, soft, hard in plan.rlimits)
         fields.append(_field(FIELD_RLIMITS, limits))
+    if plan.notify is not None:
+        fields.append(_field(FIELD_NOTIFY, _notify(plan.notify)))
     body = b"".join(fields)
     return _HEAD.pack(RECORD_MAGIC, RECORD_VERSION, 0, _HEAD.size + len(body), plan.generation) + body
 

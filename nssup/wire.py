@@ -7,7 +7,7 @@ unknown types and strange versions are counted and skipped, never an error. docs
 
 import enum
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nssup.errors import errno_name
 
@@ -16,6 +16,7 @@ VERSION = 1
 TOKEN_SIZE = 16
 RECORD_INLINE_MAX = 32768
 RECORD_MAX = 16777216
+STATUS_SIZE = 120
 
 _HEADER = struct.Struct("<HBBI")
 
@@ -89,6 +90,7 @@ class Step(enum.IntEnum):
     HOSTNAME = 21
     DUMPABLE = 22
     CLONE_WORKER = 23
+    NOTIFY = 24
     SESSION = 32
     STDIO = 33
     TTY = 34
@@ -199,6 +201,51 @@ class Empty(NamedTuple):
     generation: int
 
 
+class Flag(enum.IntFlag):
+    """What holds of a program by its own word. READY: also by the newline on its ready pipe. RELOADING: with no READY=1
+    since. ENDED: the ready pipe has ended without its newline."""
+
+    READY = 1
+    STOPPING = 2
+    RELOADING = 4
+    ENDED = 8
+
+
+class Notified(NamedTuple):
+    """What the program last said of itself, and how often; zero where it said nothing. Counters go round after 2^32.
+
+    flags: of Flag. taken: datagrams that came; strangers: those from outside its PID namespace, broken: those too long
+    or with a NUL inside, neither of which was read. readies: READY=1 and the newline. main_ns_pid, error: MAINPID= and
+    ERRNO= as they were said: nobody has looked whether there is such a process. *_ns: CLOCK_BOOTTIME of the last one,
+    0 for none. extend_us: EXTEND_TIMEOUT_USEC=, said at extend_ns. monotonic_us: MONOTONIC_USEC=, CLOCK_MONOTONIC when
+    a reload began. status: STATUS=, at most STATUS_SIZE raw bytes: who shows them takes out what steers a terminal.
+    """
+
+    flags: int = 0
+    taken: int = 0
+    strangers: int = 0
+    broken: int = 0
+    readies: int = 0
+    reloads: int = 0
+    watchdogs: int = 0
+    triggers: int = 0
+    main_ns_pid: int = 0
+    error: int = 0
+    ready_ns: int = 0
+    watchdog_ns: int = 0
+    extend_us: int = 0
+    extend_ns: int = 0
+    monotonic_us: int = 0
+    status: bytes = b""
+
+
+class Notify(NamedTuple):
+    """A hint that notified has changed. There is at most one on the line: it comes when all before it has been read."""
+
+    generation: int
+    notified: Notified
+
+
 class State(NamedTuple):
     """init's whole state. unknown: messages it did not understand so far."""
 
@@ -211,26 +258,34 @@ class State(NamedTuple):
     errno: int
     unknown: int
     exit: Exit
+    notified: Notified = Notified()
 
 
-Message = Started | Failed | Exited | Empty | State
+Message = Started | Failed | Exited | Empty | State | Notify
 
 _STARTED = struct.Struct("<Ii")
 _FAILED = struct.Struct("<IIiI")
 _EXITED = struct.Struct("<IIiiQQQQ")
-_STATE = struct.Struct("<IIIIiIiIiiQQQQ")
+_NOTIFIED = struct.Struct("<IIIIIIIIiiQQQQQII120s")
+_NOTIFY = struct.Struct("<II" + _NOTIFIED.format.removeprefix("<"))
+_STATE = struct.Struct("<IIIIiIiIiiQQQQ" + _NOTIFIED.format.removeprefix("<"))
 
 
-def _fit(layout: struct.Struct, data: bytes, at: int, length: int) -> tuple[int, ...]:
+def _fit(layout: struct.Struct, data: bytes, at: int, length: int) -> tuple[Any, ...]:
     if length >= layout.size:
         return layout.unpack_from(data, at)
     return layout.unpack(data[at : at + length] + bytes(layout.size - length))
 
 
+def _notified(f: tuple[Any, ...]) -> Notified:
+    *values, status_length, _, status = f
+    return Notified._make((*values, status[:status_length]))
+
+
 def _decode_one(kind: int, data: bytes, at: int, length: int, host_pid: int) -> Message | None:
     if kind == Type.STATE:
         f = _fit(_STATE, data, at, length)
-        return State._make((*f[:8], Exit._make(f[8:])))
+        return State._make((*f[:8], Exit._make(f[8:14]), _notified(f[14:])))
     if kind == Type.STARTED:
         generation, ns_pid = _fit(_STARTED, data, at, length)
         return Started(generation, ns_pid, host_pid)
@@ -241,6 +296,9 @@ def _decode_one(kind: int, data: bytes, at: int, length: int, host_pid: int) -> 
         return Empty(_fit(_TWO, data, at, length)[0])
     if kind == Type.FAILED:
         return Failed._make(_fit(_FAILED, data, at, length)[:3])
+    if kind == Type.NOTIFY:
+        f = _fit(_NOTIFY, data, at, length)
+        return Notify(f[0], _notified(f[2:]))
     return None
 
 

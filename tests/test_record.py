@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nssup import record
-from nssup.record import SLOT_SIZE, Identity, Plan, Slot, decode_slot, encode, encode_slot
+from nssup.record import SLOT_SIZE, Identity, Notify, Plan, Slot, decode_slot, encode, encode_slot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +47,7 @@ MORE = (
     "0900 0100 04000000 3f000000 00000000"  # umask 077
     "0a00 0100 30000000 07000000 00000000 4000000000000000 8000000000000000"
     "04000000 00000000 0000000000000000 ffffffffffffffff"  # rlimits: nofile 64:128, core 0:unlimited
+    "1000 0100 0f000000 03000000 05000000 2f72756e2f7800 00"  # notify: a socket in /run/x, 5 is the ready pipe
 )
 FULL: dict[str, Any] = {
     "directory": b"/srv",
@@ -54,6 +55,7 @@ FULL: dict[str, Any] = {
     "identity": Identity(1000, 1001, (5, 6)),
     "umask": 0o077,
     "rlimits": ((7, 64, 128), (4, 0, record.UNLIMITED)),
+    "notify": Notify(b"/run/x", 5),
 }
 
 
@@ -67,7 +69,25 @@ def test_the_least_record() -> None:
 
 def test_a_full_record() -> None:
     said = encode(LEAST_PLAN._replace(**FULL), TOKEN, MOUNT_ID)
-    assert said.hex() == golden("4e534c52 0100 0000 58010000 03000000" + LEAST.replace(" ", "")[32:] + MORE).hex()
+    assert said.hex() == golden("4e534c52 0100 0000 70010000 03000000" + LEAST.replace(" ", "")[32:] + MORE).hex()
+
+
+@pytest.mark.parametrize(
+    ("notify", "data"),
+    [
+        (Notify(b"/run/x"), "01000000 00000000 2f72756e2f7800"),
+        (Notify(ready_fd=3), "02000000 03000000 00"),
+        (Notify(), "00000000 00000000 00"),
+    ],
+)
+def test_ways_to_notify(notify: Notify, data: str) -> None:
+    found = {kind: data for kind, _, data in fields(encode(LEAST_PLAN._replace(notify=notify), TOKEN, MOUNT_ID))}
+    assert found[record.FIELD_NOTIFY].hex() == golden(data).hex()
+
+
+def test_where_the_socket_is() -> None:
+    assert Notify(b"/run/x", 5).socket == b"/run/x/notify"
+    assert Notify(ready_fd=5).socket is None
 
 
 @pytest.mark.parametrize(

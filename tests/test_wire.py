@@ -19,6 +19,9 @@ from nssup.wire import (
     Exit,
     Exited,
     Failed,
+    Flag,
+    Notified,
+    Notify,
     Phase,
     Policy,
     Started,
@@ -31,7 +34,7 @@ from nssup.wire import (
 )
 
 if TYPE_CHECKING:
-    from enum import IntEnum
+    from enum import Enum
 
 HEADER = Path(wire.__file__).with_name("native") / "wire.h"
 TOKEN = bytes(range(16))
@@ -56,11 +59,24 @@ SPOKEN = {
 
 EXIT = "02000000 0b000000 d204000000000000 2e16000000000000 0010000000000000 15cd5b0700000000"
 EXIT_VALUE = Exit(2, 11, 1234, 5678, 4096, 123456789)
+NOTIFIED = (
+    "05000000 09000000 02000000 01000000 03000000 04000000 06000000 01000000 11000000 05000000"
+    "15cd5b0700000000 16cd5b0700000000 80841e0000000000 17cd5b0700000000 18cd5b0700000000"
+    "05000000 00000000" + b"busy\xff".ljust(120, b"\0").hex()
+)
+NOTIFIED_VALUE = Notified(
+    Flag.READY | Flag.RELOADING,
+    *(9, 2, 1),
+    *(3, 4, 6, 1),
+    *(17, 5),
+    *(123456789, 123456790, 2000000, 123456791, 123456792),
+    b"busy\xff",
+)
+STATE = "03000000 07000000 04000000 01000000 02000000 00000000 00000000 05000000 " + EXIT
+STATE_VALUE = State(3, 7, Phase.EXITED, Policy.DIE, 2, 0, 0, 5, EXIT_VALUE)
 HEARD = {
-    "state": (
-        "4e53010448000000 03000000 07000000 04000000 01000000 02000000 00000000 00000000 05000000 " + EXIT,
-        State(3, 7, Phase.EXITED, Policy.DIE, 2, 0, 0, 5, EXIT_VALUE),
-    ),
+    "state": ("4e53010418010000 " + STATE + NOTIFIED, STATE_VALUE._replace(notified=NOTIFIED_VALUE)),
+    "notify": ("4e53010dd8000000 03000000 00000000 " + NOTIFIED, Notify(3, NOTIFIED_VALUE)),
     "started": ("4e53010508000000 03000000 02000000", Started(3, 2, SENDER)),
     "failed": ("4e53010610000000 03000000 14000000 01000000 00000000", Failed(3, Step.MOUNT_PROC, errno.EPERM)),
     "exited": ("4e53010a30000000 03000000 00000000 " + EXIT, Exited(3, EXIT_VALUE)),
@@ -128,7 +144,6 @@ def test_two_versions_back_is_too_old() -> None:
         Type.SPAWN,
         Type.POLICY,
         Type.ACK,
-        Type.NOTIFY,
         Type.PING,
         15,
         255,
@@ -139,11 +154,34 @@ def test_unknown_types_and_our_own_words_are_skipped_and_counted(kind: int) -> N
     assert decode(strange + message(Type.EMPTY, bytes(8)) + strange, SENDER) == ([Empty(0)], 2)
 
 
+def test_the_state_of_who_has_nothing_to_notify() -> None:
+    """As it was before there was anything: the version before says the same."""
+    assert decode(bytes.fromhex("4e53010448000000 " + STATE), SENDER) == ([STATE_VALUE], 0)
+    assert STATE_VALUE.notified == Notified()
+
+
+@pytest.mark.parametrize(("length", "status"), [(0, b""), (4, b"busy"), (121, b"busy\xff"), (2**32 - 1, b"busy\xff")])
+def test_no_status_is_longer_than_there_is_room(length: int, status: bytes) -> None:
+    golden = HEARD["notify"][0].replace("05000000 00000000", struct.pack("<II", length, 0).hex())
+    said, unknown = decode(bytes.fromhex(golden), SENDER)
+    assert unknown == 0
+    assert isinstance(said[0], Notify)
+    assert len(said[0].notified.status) <= wire.STATUS_SIZE
+    assert said[0].notified.status.rstrip(b"\0") == status
+
+
 def test_a_shorter_payload_ends_in_zeroes() -> None:
     assert decode(message(Type.FAILED, struct.pack("<II", 3, 20)), SENDER) == ([Failed(3, 20, 0)], 0)
     assert decode(message(Type.FAILED, b"\x03"), SENDER) == ([Failed(3, 0, 0)], 0)
-    nothing = [decode(message(kind, b""), SENDER)[0][0] for kind in (Type.STATE, Type.EXITED, Type.STARTED, Type.EMPTY)]
-    assert nothing == [State(0, 0, 0, 0, 0, 0, 0, 0, Exit()), Exited(0, Exit()), Started(0, 0, SENDER), Empty(0)]
+    assert [decode(message(kind, b""), SENDER)[0][0] for kind in (Type.STATE, Type.EXITED, Type.NOTIFY)] == [
+        State(0, 0, 0, 0, 0, 0, 0, 0, Exit()),
+        Exited(0, Exit()),
+        Notify(0, Notified()),
+    ]
+    assert [decode(message(kind, b""), SENDER)[0][0] for kind in (Type.STARTED, Type.EMPTY)] == [
+        Started(0, 0, SENDER),
+        Empty(0),
+    ]
 
 
 @pytest.mark.parametrize("name", HEARD)
@@ -228,12 +266,13 @@ def constants() -> dict[str, int]:
 
 CONSTANTS = constants()
 SIZES = {"uint8_t": 1, "uint16_t": 2, "uint32_t": 4, "int32_t": 4, "uint64_t": 8}
-ENUMS: dict[str, type[IntEnum]] = {
+ENUMS: dict[str, type[Enum]] = {
     "FD_": wire.Fd,
     "WIRE_": wire.Type,
     "POLICY_": wire.Policy,
     "PHASE_": wire.Phase,
     "STEP_": wire.Step,
+    "NOTIFIED_": wire.Flag,
 }
 NOT_A_TYPE = {"WIRE_MAGIC", "WIRE_VERSION"}
 # Under another name here, or of no use to this side.
@@ -252,10 +291,13 @@ LAYOUTS = {
     "wire_exit": struct.Struct("<iiQQQQ"),
     "wire_exited": wire._EXITED,
     "wire_empty": wire._TWO,
+    "wire_notified": wire._NOTIFIED,
+    "wire_notify": wire._NOTIFY,
     "wire_state": wire._STATE,
     "record_head": record._HEAD,
     "record_field": record._FIELD,
     "record_rlimit": record._RLIMIT,
+    "record_notify": record._NOTIFY,
 }
 
 
@@ -308,12 +350,12 @@ def test_enums_are_those_of_the_header(prefix: str) -> None:
 
 def test_constants_are_those_of_the_header() -> None:
     assert (CONSTANTS["WIRE_MAGIC"], CONSTANTS["WIRE_VERSION"]) == (wire.MAGIC, wire.VERSION)
-    for name in ("TOKEN_SIZE", "SIGNAL_MAIN", "SIGNAL_ALL", "RECORD_INLINE_MAX", "RECORD_MAX"):
+    for name in ("TOKEN_SIZE", "SIGNAL_MAIN", "SIGNAL_ALL", "RECORD_INLINE_MAX", "RECORD_MAX", "STATUS_SIZE"):
         assert getattr(wire, name) == CONSTANTS[name], name
     assert CONSTANTS["FIELD_MUST"] == record.MUST
 
 
-@pytest.mark.parametrize("prefix", ["FIELD_", "OPTION_", "RECORD_"])
+@pytest.mark.parametrize("prefix", ["FIELD_", "OPTION_", "RECORD_", "WISH_"])
 def test_record_constants_are_those_of_the_header(prefix: str) -> None:
     here = {name: value for name, value in vars(record).items() if name.startswith(prefix)}
     assert here == {k: v for k, v in CONSTANTS.items() if k.startswith(prefix) and k not in ONLY_THERE}

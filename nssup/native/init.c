@@ -6,7 +6,8 @@
  * answers {step, errno}. It sleeps in one poll without a time-out once the program runs.
  *
  * It keeps its whole state in `self`; a message is a hint, sent without blocking and lost when the queue is full.
- * Source: pid_namespaces(7), signalfd(2), waitid(2), mount_namespaces(7), unix(7), statmount(2), capabilities(7).
+ * Source: pid_namespaces(7), signalfd(2), waitid(2), mount_namespaces(7), unix(7), statmount(2), capabilities(7),
+ * fsopen(2), epoll(7), sd_notify(3).
  */
 #include <asm/ioctls.h>
 #include <asm/poll.h>
@@ -15,6 +16,7 @@
 #include <asm/stat.h>
 #include <linux/capability.h>
 #include <linux/errno.h>
+#include <linux/eventpoll.h>
 #include <linux/fcntl.h>
 #include <linux/magic.h>
 #include <linux/mman.h>
@@ -38,7 +40,9 @@ struct iovec { void *base; size_t length; };
 struct msghdr { void *name; int name_length; struct iovec *iov; size_t iov_count; void *control; size_t control_length; unsigned flags; };
 struct cmsghdr { size_t length; int level, type; };
 struct statfs_kernel { long type; long rest[15]; };
+struct sockaddr_un { uint16_t family; char path[108]; };
 enum { SOL_SOCKET_LEVEL = 1, SCM_RIGHTS_TYPE = 1, SCM_CREDENTIALS_TYPE = 2, MSG_DONTWAIT_FLAG = 0x40, MSG_NOSIGNAL_FLAG = 0x4000, MSG_CMSG_CLOEXEC_FLAG = 0x40000000 };
+enum { AF_UNIX_FAMILY = 1, SOCK_DGRAM_TYPE = 2, SO_PASSCRED_OPTION = 16, MSG_TRUNC_FLAG = 0x20 };
 
 struct list { char **items; }; /* NULL-terminated, pointing into the record */
 
@@ -53,6 +57,8 @@ struct launch {
 	const struct record_rlimit *rlimits;
 	uint32_t rlimit_count;
 	uint64_t mount_id;
+	struct record_notify notify;
+	const char *notify_directory;
 };
 
 static struct {
@@ -64,6 +70,12 @@ static struct {
 	int far_open;	     /* FD_FAR is still ours */
 	uint32_t told;	     /* the last phase that the line took: what is later waits for room */
 	int step, error;     /* of the worker's vfork child */
+	/* Only where the record asked for it; 0: not there. */
+	int notify;	 /* socket of sd_notify */
+	int ready;	 /* read end of the ready pipe */
+	int ready_write; /* its write end, until the program has it */
+	int room;	 /* epoll: something was read off the line */
+	int news;	 /* state.notified has changed since the line took it */
 } self;
 
 static uint8_t record_buffer[RECORD_INLINE_MAX] __attribute__((aligned(16)));
@@ -111,7 +123,7 @@ __attribute__((noreturn)) static void quit(int code)
 
 struct datagram {
 	size_t length;
-	uint8_t bytes[192] __attribute__((aligned(8)));
+	uint8_t bytes[304] __attribute__((aligned(8))); /* STATE, or NOTIFY + EXITED + EMPTY */
 };
 
 static void put(struct datagram *d, int type, const void *payload, size_t length)
@@ -135,11 +147,13 @@ static int send_datagram(const struct datagram *d)
 			     MSG_DONTWAIT_FLAG | MSG_NOSIGNAL_FLAG, 0, 0));
 }
 
-static void send_one(int type, const void *payload, size_t length)
+/* What nobody asked for is not said: it would be zeroes. */
+static int send_state(void)
 {
 	struct datagram d = {0};
-	put(&d, type, payload, length);
-	send_datagram(&d);
+	put(&d, WIRE_STATE, &self.state,
+	    self.launch.notify.wishes ? sizeof self.state : __builtin_offsetof(struct wire_state, notified));
+	return send_datagram(&d);
 }
 
 /* STARTED with the credentials of ns_pid, which the kernel checks and translates: so the supervisor learns the program's
@@ -162,6 +176,12 @@ static int send_started(int ns_pid)
 	put(&d, WIRE_STARTED, &m, sizeof m);
 	iov.length = d.length;
 	return !refused(sys3(__NR_sendmsg, FD_LINE, &message, MSG_DONTWAIT_FLAG | MSG_NOSIGNAL_FLAG));
+}
+
+static void put_notify(struct datagram *d)
+{
+	struct wire_notify m = {self.state.generation, 0, self.state.notified};
+	put(d, WIRE_NOTIFY, &m, sizeof m);
 }
 
 static void put_empty(struct datagram *d)
@@ -207,6 +227,8 @@ static void tell(void)
 			self.told = phase;
 		return;
 	}
+	if (self.news)
+		put_notify(&d); /* its last words, before its end */
 	if (phase == PHASE_FAILED)
 		put_failed(&d);
 	else if (self.told < PHASE_EXITED)
@@ -216,6 +238,7 @@ static void tell(void)
 	if (!send_datagram(&d))
 		return;
 	self.told = phase;
+	self.news = 0;
 	if (phase != PHASE_EXITED && !has_custody())
 		quit(phase == PHASE_FAILED ? 127 : 0);
 }
@@ -228,7 +251,7 @@ static void failpoint(int step)
 	if (self.launch.options >> 24 != (uint32_t)step)
 		return;
 	self.state.step = (uint32_t)step;
-	send_one(WIRE_STATE, &self.state, sizeof self.state);
+	send_state();
 	for (;;)
 		sys5(__NR_ppoll, NULL, 0, NULL, NULL, 0);
 }
@@ -294,6 +317,18 @@ static long read_rlimits(struct launch *l, const uint8_t *data, size_t length)
 	return 0;
 }
 
+static long read_notify(struct launch *l, const uint8_t *data, size_t length)
+{
+	if (length < sizeof l->notify)
+		return -EBADMSG;
+	memcpy(&l->notify, data, sizeof l->notify);
+	if (l->notify.wishes & ~(uint32_t)(WISH_SOCKET | WISH_READY_FD))
+		return -EOPNOTSUPP;
+	if (l->notify.wishes & WISH_READY_FD && (l->notify.ready_fd < 3 || l->notify.ready_fd > 0x7fffffff))
+		return -EBADMSG;
+	return read_string(data + sizeof l->notify, length - sizeof l->notify, &l->notify_directory);
+}
+
 static long read_bytes(void *to, size_t wanted, const uint8_t *data, size_t length)
 {
 	if (length != wanted)
@@ -330,6 +365,8 @@ static long read_field(struct launch *l, const struct record_field *f, uint8_t *
 		return read_rlimits(l, data, n);
 	case FIELD_MOUNT_ID:
 		return read_bytes(&l->mount_id, 8, data, n);
+	case FIELD_NOTIFY:
+		return read_notify(l, data, n);
 	default:
 		return f->flags & FIELD_MUST ? -EOPNOTSUPP : 0;
 	}
@@ -357,6 +394,8 @@ static long read_record(uint8_t *data, size_t length)
 	}
 	if (!l->has_token || !l->argv.items || !l->argv.items[0] || !l->env.items || !l->exec.items || !l->exec.items[0])
 		return -EBADMSG;
+	if (l->notify.wishes && !(l->options & OPTION_INIT))
+		return -EINVAL; /* nobody would stay to read it */
 	return 0;
 }
 
@@ -429,18 +468,265 @@ static void fail(int step, long negative_errno)
 	tell();
 }
 
-static void note_exit(const siginfo_t *info, const struct rusage *usage)
+static uint64_t boottime_ns(void)
 {
-	struct wire_exit *e = &self.state.exit;
 	struct __kernel_timespec now = {0};
 
 	sys2(__NR_clock_gettime, CLOCK_BOOTTIME, &now);
+	return (uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec;
+}
+
+static void note_exit(const siginfo_t *info, const struct rusage *usage)
+{
+	struct wire_exit *e = &self.state.exit;
+
 	e->code = info->si_code;
 	e->status = info->si_status;
 	e->user_us = (uint64_t)usage->ru_utime.tv_sec * 1000000U + (uint64_t)usage->ru_utime.tv_usec;
 	e->system_us = (uint64_t)usage->ru_stime.tv_sec * 1000000U + (uint64_t)usage->ru_stime.tv_usec;
 	e->max_rss_bytes = (uint64_t)usage->ru_maxrss * 1024U;
-	e->boottime_ns = (uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec;
+	e->boottime_ns = boottime_ns();
+}
+
+/* --- what the program says of itself ---------------------------------------------------------------------------------
+ * Only values that are kept change here; `relay` tells the supervisor. A flood of it is read a little at a time, so that
+ * signals and the line come in between, and the kernel makes those wait who send faster than that.
+ */
+
+enum { NOTIFY_MAX = 4096, NOTIFY_AT_ONCE = 16, NOTIFY_AT_THE_END = 1024 };
+
+static uint8_t notify_buffer[NOTIFY_MAX];
+
+/* Whether a line is exactly this. */
+static int is(const uint8_t *line, size_t length, const char *what)
+{
+	size_t i = 0;
+	while (i < length && what[i] && line[i] == (uint8_t)what[i])
+		i++;
+	return i == length && !what[i];
+}
+
+/* What stands behind a name and its '=' in a line; NULL when it is another name. */
+static const uint8_t *value_of(const uint8_t *line, size_t *length, const char *name)
+{
+	size_t n = length_of(name);
+	if (*length < n || !is(line, n, name))
+		return NULL;
+	*length -= n;
+	return line + n;
+}
+
+/* A decimal number up to max behind a name. Returns whether it is one. */
+static int number_of(const uint8_t *line, size_t length, const char *name, uint64_t max, uint64_t *number)
+{
+	const uint8_t *digits = value_of(line, &length, name);
+	uint64_t n = 0;
+
+	if (!digits || !length)
+		return 0;
+	for (size_t i = 0; i < length; i++) {
+		unsigned digit = (unsigned)digits[i] - '0';
+		if (digit > 9 || n > (max - digit) / 10)
+			return 0;
+		n = n * 10 + digit;
+	}
+	*number = n;
+	return 1;
+}
+
+static void note_ready(void)
+{
+	struct wire_notified *s = &self.state.notified;
+
+	s->flags = (s->flags | NOTIFIED_READY) & ~(uint32_t)NOTIFIED_RELOADING;
+	s->readies++;
+	s->ready_ns = boottime_ns();
+	self.news = 1;
+}
+
+static void note_flag(uint32_t flag)
+{
+	if (!(self.state.notified.flags & flag))
+		self.news = 1;
+	self.state.notified.flags |= flag;
+}
+
+static void note_status(const uint8_t *text, size_t length)
+{
+	struct wire_notified *s = &self.state.notified;
+	size_t n = length;
+
+	if (n > STATUS_SIZE)
+		for (n = STATUS_SIZE; n > STATUS_SIZE - 3 && (text[n] & 0xc0) == 0x80; n--)
+			;
+	if (n != s->status_length)
+		self.news = 1;
+	for (size_t i = 0; i < STATUS_SIZE; i++) {
+		uint8_t byte = i < n ? text[i] : 0;
+		if (s->status[i] != byte)
+			self.news = 1;
+		s->status[i] = byte;
+	}
+	s->status_length = (uint32_t)n;
+}
+
+static void note_heartbeat(uint32_t *counter)
+{
+	(*counter)++;
+	self.news = 1;
+}
+
+/* The assignments that are flags. Returns whether the line is one. */
+static int take_flag(const uint8_t *line, size_t length)
+{
+	struct wire_notified *s = &self.state.notified;
+
+	if (is(line, length, "READY=1")) {
+		note_ready();
+	} else if (is(line, length, "WATCHDOG=1")) {
+		s->watchdog_ns = boottime_ns();
+		note_heartbeat(&s->watchdogs);
+	} else if (is(line, length, "WATCHDOG=trigger")) {
+		note_heartbeat(&s->triggers);
+	} else if (is(line, length, "RELOADING=1")) {
+		note_flag(NOTIFIED_RELOADING);
+		note_heartbeat(&s->reloads);
+	} else if (is(line, length, "STOPPING=1")) {
+		note_flag(NOTIFIED_STOPPING);
+	} else {
+		return 0;
+	}
+	return 1;
+}
+
+/* One assignment. Unknown ones, and numbers that are none, say nothing. */
+static void take_assignment(const uint8_t *line, size_t length)
+{
+	struct wire_notified *s = &self.state.notified;
+	uint64_t n;
+
+	if (take_flag(line, length))
+		return;
+	if (number_of(line, length, "MAINPID=", 0x7fffffff, &n)) {
+		self.news |= s->main_ns_pid != (int32_t)n;
+		s->main_ns_pid = (int32_t)n;
+	} else if (number_of(line, length, "ERRNO=", 0x7fffffff, &n)) {
+		self.news |= s->error != (int32_t)n;
+		s->error = (int32_t)n;
+	} else if (number_of(line, length, "EXTEND_TIMEOUT_USEC=", ~0ULL, &n)) {
+		s->extend_us = n;
+		s->extend_ns = boottime_ns();
+		self.news = 1;
+	} else if (number_of(line, length, "MONOTONIC_USEC=", ~0ULL, &n)) {
+		self.news |= s->monotonic_us != n;
+		s->monotonic_us = n;
+	} else {
+		const uint8_t *text = value_of(line, &length, "STATUS=");
+		if (text)
+			note_status(text, length);
+	}
+}
+
+static void take_assignments(const uint8_t *data, size_t length)
+{
+	for (size_t start = 0, at = 0; at <= length; at++)
+		if (at == length || data[at] == '\n') {
+			take_assignment(data + start, at - start);
+			start = at + 1;
+		}
+}
+
+/* The namespace PID of who sent a datagram, as the kernel says; 0: somebody outside. */
+static int sender_of(const struct msghdr *m)
+{
+	const struct cmsghdr *c = m->control;
+	if (m->control_length < sizeof *c + 12 || c->level != SOL_SOCKET_LEVEL || c->type != SCM_CREDENTIALS_TYPE)
+		return 0;
+	return *(const int *)(c + 1);
+}
+
+static int has_nul(const uint8_t *data, size_t length)
+{
+	while (length--)
+		if (!data[length])
+			return 1;
+	return 0;
+}
+
+/* Reads one datagram. There is room for the sender's credentials and no more: descriptors that came along never become
+ * ours, the kernel closes them in this call, which is all that BARRIER=1 waits for. Returns whether there was one. */
+static int take_notification(void)
+{
+	uint8_t control[sizeof(struct cmsghdr) + 16] __attribute__((aligned(8)));
+	struct iovec iov = {notify_buffer, sizeof notify_buffer};
+	struct msghdr m = {NULL, 0, &iov, 1, control, sizeof control, 0};
+	struct wire_notified *s = &self.state.notified;
+
+	long n = sys3(__NR_recvmsg, self.notify, &m, MSG_DONTWAIT_FLAG);
+	if (n < 0)
+		return 0;
+	s->taken++;
+	if (n > 1 && !notify_buffer[n - 1])
+		n--; /* some send the end of their string with it */
+	if (sender_of(&m) <= 0)
+		s->strangers++;
+	else if (m.flags & MSG_TRUNC_FLAG || has_nul(notify_buffer, (size_t)n))
+		s->broken++;
+	else
+		take_assignments(notify_buffer, (size_t)n);
+	return 1;
+}
+
+static void take_notifications(int at_most)
+{
+	while (self.notify && at_most-- > 0 && take_notification())
+		;
+}
+
+/* A newline is all that counts on the ready pipe; after it, or when it has ended, we are done with it. */
+static void take_ready(int at_most)
+{
+	while (self.ready && at_most-- > 0) {
+		long n = sys3(__NR_read, self.ready, notify_buffer, sizeof notify_buffer);
+		if (n < 0)
+			return;
+		int said = 0;
+		for (long i = 0; i < n; i++)
+			said |= notify_buffer[i] == '\n';
+		if (said)
+			note_ready();
+		else if (n == 0)
+			note_flag(NOTIFIED_ENDED);
+		if (said || n == 0) {
+			close_fd(self.ready);
+			self.ready = 0;
+		}
+	}
+}
+
+/* Tells the supervisor what is new, when it has read all that we said before: so the line never holds two of these,
+ * however often somebody sends, and has room for what must not be lost. `room` wakes us when something was read. */
+static void relay(void)
+{
+	int unread = 0;
+
+	if (!self.news || (self.state.phase != PHASE_RUNNING && self.state.phase != PHASE_EXITED))
+		return;
+	/* The kernel wakes us while it still counts 1 for what it has just let go. */
+	sys3(__NR_ioctl, FD_LINE, TIOCOUTQ, &unread);
+	if (unread > 1)
+		return;
+	struct datagram d = {0};
+	put_notify(&d);
+	if (send_datagram(&d))
+		self.news = 0;
+}
+
+/* Takes note that something was read, so that only the next time wakes us. */
+static void saw_room(void)
+{
+	struct epoll_event seen;
+	sys6(__NR_epoll_pwait, self.room, (long)&seen, 1, 0, 0, 8);
 }
 
 /* Reaps all that can be reaped. When the main program is among them, kills the rest. The life is over at ECHILD. */
@@ -463,8 +749,11 @@ static void reap(void)
 			kill_rest();
 		}
 	}
-	if (untold())
-		tell();
+	if (!untold())
+		return;
+	take_notifications(NOTIFY_AT_THE_END);
+	take_ready(NOTIFY_AT_THE_END);
+	tell();
 }
 
 /* Signals that reached PID 1. Only those from outside (si_pid 0, which kill(2) inside cannot claim) are forwarded: what a
@@ -492,7 +781,8 @@ static void hello(const struct wire_hello *m, int *fd)
 		quit(1); /* who cloned us is gone without a GO, and nobody else may give it */
 	place(fd, FD_SUPERVISOR);
 	set_policy(m->policy, fd);
-	send_one(WIRE_STATE, &self.state, sizeof self.state);
+	if (send_state())
+		self.news = 0;
 	if (self.state.phase == PHASE_RUNNING)
 		send_started(self.state.ns_pid);
 }
@@ -571,7 +861,7 @@ static void act(int type, uint8_t *payload, size_t length, int *fd)
 	else if (type == WIRE_HELLO)
 		hello(&m.hello, fd);
 	else
-		send_one(WIRE_STATE, &self.state, sizeof self.state); /* PING */
+		send_state(); /* PING */
 }
 
 static void take_datagram(uint8_t *data, size_t length, int *fd)
@@ -623,14 +913,17 @@ static int take_line(void)
  * The line is read before the supervisor's death is looked at: what it said last still counts. */
 static void wait_event(int deadline_ms)
 {
-	struct pollfd fds[3] = {
+	struct pollfd fds[6] = {
 		{FD_LINE, untold() ? POLLIN | POLLOUT : POLLIN, 0},
 		{self.released ? self.signals : -1, POLLIN, 0}, /* before GO they wait for a program to go to */
 		{self.supervisor_watched ? FD_SUPERVISOR : -1, POLLIN, 0},
+		{self.notify ? self.notify : -1, POLLIN, 0},
+		{self.ready ? self.ready : -1, POLLIN, 0},
+		{self.news ? self.room : -1, POLLIN, 0},
 	};
 	struct __kernel_timespec ts = {deadline_ms / 1000, (deadline_ms % 1000) * 1000000LL};
 
-	long n = sys5(__NR_ppoll, fds, 3, deadline_ms < 0 ? NULL : &ts, NULL, 0);
+	long n = sys5(__NR_ppoll, fds, self.room ? 6 : 3, deadline_ms < 0 ? NULL : &ts, NULL, 0);
 	if (n == -EINTR)
 		return;
 	if (n <= 0)
@@ -646,6 +939,13 @@ static void wait_event(int deadline_ms)
 				return;
 	if (line < 0 || fds[2].revents)
 		quit(1); /* exit of PID 1 takes everything with it */
+	if (fds[3].revents)
+		take_notifications(NOTIFY_AT_ONCE);
+	if (fds[4].revents)
+		take_ready(1);
+	if (fds[5].revents)
+		saw_room();
+	relay();
 }
 
 /* --- set-up steps ----------------------------------------------------------------------------------------------------- */
@@ -699,6 +999,127 @@ static long set_hostname(const struct launch *l)
 	return l->hostname ? sys2(__NR_sethostname, l->hostname, length_of(l->hostname)) : 0;
 }
 
+/* A descriptor above those that have their places. */
+static long out_of_the_way(long fd)
+{
+	if (fd < 0)
+		return fd;
+	long r = sys3(__NR_fcntl, fd, F_DUPFD_CLOEXEC, FD_COUNT);
+	close_fd(fd);
+	return r;
+}
+
+/* A file system of our own with room for one socket and nothing else, mounted nowhere yet. */
+static long make_notify_mount(void)
+{
+	static const char *const options[][2] = {{"mode", "0755"}, {"size", "4096"}, {"nr_inodes", "2"}};
+	long fs = sys2(__NR_fsopen, "tmpfs", FSOPEN_CLOEXEC);
+	if (fs < 0)
+		return fs;
+	long r = 0;
+	for (size_t i = 0; r >= 0 && i < sizeof options / sizeof *options; i++)
+		r = sys5(__NR_fsconfig, fs, FSCONFIG_SET_STRING, options[i][0], options[i][1], 0);
+	if (r >= 0)
+		r = sys5(__NR_fsconfig, fs, FSCONFIG_CMD_CREATE, 0, 0, 0);
+	if (r >= 0)
+		r = sys3(__NR_fsmount, fs, FSMOUNT_CLOEXEC, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC);
+	close_fd(fs);
+	return r;
+}
+
+/* The socket, `notify` in the directory where we are, for everybody to send to. */
+static long bind_notify(void)
+{
+	static const struct sockaddr_un name = {AF_UNIX_FAMILY, "notify"};
+	long fd = out_of_the_way(sys3(__NR_socket, AF_UNIX_FAMILY, SOCK_DGRAM_TYPE | O_CLOEXEC, 0));
+	if (fd < 0)
+		return fd;
+	self.notify = (int)fd;
+	int yes = 1;
+	long r = sys5(__NR_setsockopt, fd, SOL_SOCKET_LEVEL, SO_PASSCRED_OPTION, &yes, sizeof yes);
+	if (r >= 0)
+		r = sys3(__NR_bind, fd, &name, sizeof name.family + sizeof "notify");
+	return r < 0 ? r : sys3(__NR_fchmodat, AT_FDCWD, "notify", 0666);
+}
+
+static uint64_t mount_id_of(const char *path)
+{
+	struct statx sx = {0};
+	return sys5(__NR_statx, AT_FDCWD, path, 0, STATX_MNT_ID, &sx) < 0 ? 0 : sx.stx_mnt_id;
+}
+
+/* Mounts over the directory what we are in, and looks whether the program will find its socket there. */
+static long show_notify(long mount, const char *directory)
+{
+	char path[sizeof((struct sockaddr_un *)0)->path];
+	size_t n = length_of(directory);
+
+	if (directory[0] != '/')
+		return -EINVAL;
+	if (n + sizeof "/notify" > sizeof path)
+		return -ENAMETOOLONG;
+	memcpy(path, directory, n);
+	memcpy(path + n, "/notify", sizeof "/notify");
+	long r = sys5(__NR_move_mount, mount, "", AT_FDCWD, directory, MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_SYMLINKS);
+	if (r < 0)
+		return r;
+	uint64_t id = mount_id_of("notify");
+	return id != 0 && id == mount_id_of(path) ? 0 : -ESTALE;
+}
+
+static long make_notify_socket(const char *directory)
+{
+	long mount = make_notify_mount();
+	if (mount < 0)
+		return mount;
+	long r = sys1(__NR_fchdir, mount); /* bound before anybody can see it, and never anywhere else */
+	if (r >= 0)
+		r = bind_notify();
+	if (r >= 0)
+		r = show_notify(mount, directory);
+	sys1(__NR_chdir, "/");
+	close_fd(mount);
+	return r;
+}
+
+/* Only our end does not block: what the program makes of its own is its own business. */
+static long make_ready_pipe(void)
+{
+	int ends[2];
+	long r = sys2(__NR_pipe2, ends, O_CLOEXEC);
+	if (r < 0)
+		return r;
+	long read_end = out_of_the_way(ends[0]), write_end = out_of_the_way(ends[1]);
+	if (read_end < 0 || write_end < 0)
+		return read_end < 0 ? read_end : write_end;
+	self.ready = (int)read_end;
+	self.ready_write = (int)write_end;
+	return sys3(__NR_fcntl, read_end, F_SETFL, O_NONBLOCK);
+}
+
+static long watch_room(void)
+{
+	struct epoll_event event = {.events = EPOLLOUT | EPOLLET};
+	long fd = out_of_the_way(sys1(__NR_epoll_create1, O_CLOEXEC));
+	if (fd < 0)
+		return fd;
+	self.room = (int)fd;
+	return sys4(__NR_epoll_ctl, fd, EPOLL_CTL_ADD, FD_LINE, &event);
+}
+
+/* Mounts only where change_propagation has proved that it is seen by nobody else. */
+static long make_notify(const struct launch *l)
+{
+	long r = 0;
+	if (!l->notify.wishes)
+		return 0;
+	if (l->notify.wishes & WISH_SOCKET)
+		r = l->options & OPTION_MOUNT_NS ? make_notify_socket(l->notify_directory) : -EPERM;
+	if (r >= 0 && l->notify.wishes & WISH_READY_FD)
+		r = make_ready_pipe();
+	return r < 0 ? r : watch_room();
+}
+
 /* Only now: the supervisor writes the id maps through /proc, which a process that is not dumpable hides. */
 static long hide_memory(const struct launch *l)
 {
@@ -714,7 +1135,7 @@ struct step {
 static const struct step setup_steps[] = {
 	{STEP_PID_ONE, check_pid_one},	       {STEP_PROPAGATION, change_propagation},
 	{STEP_MOUNT_PROC, mount_proc},	       {STEP_HOSTNAME, set_hostname},
-	{STEP_DUMPABLE, hide_memory},
+	{STEP_NOTIFY, make_notify},	       {STEP_DUMPABLE, hide_memory},
 };
 
 /* --- the worker, between its clone and its exec: see vfork.h ------------------------------------------------------------ */
@@ -826,9 +1247,21 @@ static void die_with_supervisor(void)
 		quit(1); /* it died before */
 }
 
+/* All but the ready pipe, which gets the number that the program knows it by. */
+static long close_all_but_ready(unsigned number)
+{
+	long r = self.ready_write == (int)number ? sys3(__NR_fcntl, number, F_SETFD, 0)
+						 : sys3(__NR_dup3, self.ready_write, number, 0);
+	if (r >= 0 && number > 3)
+		r = sys3(__NR_close_range, 3, number - 1, 0);
+	return r < 0 ? r : sys3(__NR_close_range, number + 1, ~0U, 0);
+}
+
 /* Closed for real, not only at exec: an exec path could name a descriptor. */
 static long close_descriptors(const struct launch *l)
 {
+	if (l->notify.wishes & WISH_READY_FD)
+		return close_all_but_ready(l->notify.ready_fd);
 	if (l->options & OPTION_INIT)
 		return sys3(__NR_close_range, 3, ~0U, 0);
 	if (self.state.policy == POLICY_DIE)
@@ -889,6 +1322,9 @@ static int worker(void *unused)
 static void close_worker_stdio(void)
 {
 	sys3(__NR_close_range, FD_WORKER_STDIN, FD_WORKER_STDERR, 0);
+	if (self.ready_write)
+		close_fd(self.ready_write);
+	self.ready_write = 0;
 }
 
 /* init stays: the program is its child. When the clone returns the exec has happened or failed, and memory says which. */

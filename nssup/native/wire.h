@@ -52,7 +52,7 @@ enum wire_type {
 	WIRE_EXITED = 10,  /* init: the main program ended */
 	WIRE_EMPTY = 11,   /* init: nothing but init is left */
 	WIRE_ACK = 12,     /* supervisor: I have your exit record; go (not awaited under `die`) */
-	WIRE_NOTIFY = 13,  /* reserved: readiness and status of the program */
+	WIRE_NOTIFY = 13,  /* init: what the program said of itself has changed */
 	WIRE_PING = 14,    /* supervisor: answered by STATE */
 };
 
@@ -142,6 +142,43 @@ struct wire_empty {
 	uint32_t reserved;
 };
 
+enum { STATUS_SIZE = 120 };
+
+enum wire_notified_flag {
+	NOTIFIED_READY = 1,     /* READY=1, or the newline on the ready pipe */
+	NOTIFIED_STOPPING = 2,  /* STOPPING=1 */
+	NOTIFIED_RELOADING = 4, /* RELOADING=1 with no READY=1 since */
+	NOTIFIED_ENDED = 8,     /* the ready pipe has ended without its newline */
+};
+
+/* What the program last said of itself, and how often. Counters go round after 2^32. */
+struct wire_notified {
+	uint32_t flags;         /* NOTIFIED_* */
+	uint32_t taken;         /* datagrams that came, the next two kinds as well */
+	uint32_t strangers;     /* from outside the PID namespace: not read */
+	uint32_t broken;        /* too long, or with a NUL inside: not read */
+	uint32_t readies;       /* READY=1 and the newline */
+	uint32_t reloads;       /* RELOADING=1 */
+	uint32_t watchdogs;     /* WATCHDOG=1 */
+	uint32_t triggers;      /* WATCHDOG=trigger */
+	int32_t main_ns_pid;    /* MAINPID=, as it was said: nobody has looked whether there is such a process */
+	int32_t error;          /* ERRNO= */
+	uint64_t ready_ns;      /* CLOCK_BOOTTIME of the last of readies; 0: never */
+	uint64_t watchdog_ns;   /* of the last of watchdogs */
+	uint64_t extend_us;     /* EXTEND_TIMEOUT_USEC= */
+	uint64_t extend_ns;     /* CLOCK_BOOTTIME when it was said */
+	uint64_t monotonic_us;  /* MONOTONIC_USEC=: CLOCK_MONOTONIC when a reload began */
+	uint32_t status_length; /* of STATUS=, raw bytes, cut between two characters of UTF-8 */
+	uint32_t reserved;
+	uint8_t status[STATUS_SIZE];
+};
+
+struct wire_notify {
+	uint32_t generation;
+	uint32_t reserved;
+	struct wire_notified notified;
+};
+
 struct wire_state {
 	uint32_t generation;
 	uint32_t epoch;
@@ -152,13 +189,16 @@ struct wire_state {
 	int32_t error;
 	uint32_t unknown; /* messages not understood or out of place, so far */
 	struct wire_exit exit;
+	struct wire_notified notified; /* cut off where the record did not ask for it */
 };
 
 _Static_assert(sizeof(struct wire_go) == 24, "wire_go");
 _Static_assert(sizeof(struct wire_signal) == 16, "wire_signal");
 _Static_assert(sizeof(struct wire_exit) == 40, "wire_exit");
 _Static_assert(sizeof(struct wire_exited) == 48, "wire_exited");
-_Static_assert(sizeof(struct wire_state) == 72, "wire_state");
+_Static_assert(sizeof(struct wire_notified) == 208, "wire_notified");
+_Static_assert(sizeof(struct wire_notify) == 216, "wire_notify");
+_Static_assert(sizeof(struct wire_state) == 280, "wire_state");
 
 /* --- steps: where a launch can fail -------------------------------------------------------------------------- */
 
@@ -180,6 +220,7 @@ enum wire_step {
 	STEP_HOSTNAME = 21,
 	STEP_DUMPABLE = 22,
 	STEP_CLONE_WORKER = 23,
+	STEP_NOTIFY = 24,
 	/* the worker's, before its exec */
 	STEP_SESSION = 32,
 	STEP_STDIO = 33,
@@ -234,7 +275,8 @@ enum record_kind {
 	FIELD_UMASK = 9,    /* uint32 */
 	FIELD_RLIMITS = 10, /* record_rlimit[] */
 	FIELD_MOUNT_ID = 11, /* uint64: the supervisor's own root mount, which init's must differ from */
-	/* reserved for later: 12 mounts, 13 capabilities, 14 seccomp, 15 sockets, 16 notify, 17 credentials, 18 network */
+	FIELD_NOTIFY = 16,  /* record_notify, then a string: the directory for the socket, empty without one */
+	/* reserved for later: 12 mounts, 13 capabilities, 14 seccomp, 15 sockets, 17 credentials, 18 network */
 };
 
 enum record_option {
@@ -252,6 +294,17 @@ struct record_rlimit {
 	uint64_t hard;
 };
 _Static_assert(sizeof(struct record_rlimit) == 24, "record_rlimit");
+
+enum record_notify_wish {
+	WISH_SOCKET = 1,   /* a socket for sd_notify(3), `notify` in the directory */
+	WISH_READY_FD = 2, /* a pipe on which the program says a newline when it is ready */
+};
+
+struct record_notify {
+	uint32_t wishes;   /* WISH_* */
+	uint32_t ready_fd; /* what the program has the pipe as: 3 or more */
+};
+_Static_assert(sizeof(struct record_notify) == 8, "record_notify");
 
 enum { GO_DEADLINE_MS = 30000 }; /* a supervisor that did not say GO by then never will */
 
