@@ -100,7 +100,7 @@ class Prepared(NamedTuple):
         def fill(text: str) -> str:
             return expand(text, spec.name, index, generation)
 
-        env = self.env | {name: fill(value) for name, value in spec.env.items()}  # what is inherited may hold any braces
+        env = self.env | {name: fill(value) for name, value in spec.env.items()}  # the inherited may hold braces
         env["NSSUP_POOL"] = spec.name
         env["NSSUP_INDEX"] = str(index)
         env["NSSUP_ID"] = f"{spec.name}/{index}"
