@@ -21,6 +21,8 @@ from nssup.spec import SupervisorSpec
 # with the close of any descriptor of the file.
 _held: set[tuple[int, int]] = set()
 
+EPOCH_MAX = 2**32 - 1  # it travels in 32 bits
+
 
 class Directories:
     """State and runtime directory of one supervisor, ours while this object is open. epoch: the number of this run.
@@ -124,10 +126,12 @@ def _taken(directory: Path, holder: str) -> ControlError:
 
 
 def _next_epoch(path: Path) -> int:
-    """One more than the last run's, kept by tmp + fsync + rename. A file that is no number starts again at 1."""
+    """One more than the last run's, kept by tmp + fsync + rename. One that is no such number starts again at 1."""
     try:
         epoch = int(path.read_text()) + 1
     except (OSError, ValueError):
+        epoch = 1
+    if not 1 <= epoch <= EPOCH_MAX:
         epoch = 1
     fresh = path.with_suffix(".new")
     try:
