@@ -23,12 +23,13 @@ where somebody else truncated or removed the log between `begin` and `finish`.
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,8 +75,9 @@ class _Framer(Framer):
     def resume(self, state: State) -> None:
         self.offset, self._held, self._cut = state.offset, state.held, state.cut
 
-    def advance(self, state: State, *, ended: bool) -> State:
-        return State(*state[:5], self.offset, self._held, self._cut, ended)
+    def reached(self, *, ended: bool) -> tuple[int, bytes, bool, bool]:
+        """The last fields of a State."""
+        return self.offset, self._held, self._cut, ended
 
 
 class _Stream:
@@ -94,17 +96,17 @@ class Batch:
     def __init__(self, staging: "Staging", sequence: int, entries: list[Entry], stop: int) -> None:
         self.sequence = sequence
         self._staging = staging
-        self._entries = entries
+        self.entries = entries
         self._stop = stop
-        self._states: dict[int, State] | None = None
+        self._reached: dict[int, tuple[int, bytes, bool, bool]] | None = None
 
     def records(self) -> Iterator[Chunk]:
         """The batch's records in order, one chunk an entry: the same each time, until `commit`."""
         streams, taken = self._staging.streams, self._staging.taken
         framed: dict[int, bool] = {}  # streams, and whether they have ended
         last_wall, ts = -1.0, ""
-        stops = [*[entry.start for entry in self._entries[1:]], self._stop]
-        for (number, kind, start, wall), stop in zip(self._entries, stops, strict=True):
+        stops = [*[entry.start for entry in self.entries[1:]], self._stop]
+        for (number, kind, start, wall), stop in zip(self.entries, stops, strict=True):
             stream = streams[number]
             framer, state = stream.framer, stream.state
             if number not in framed:
@@ -117,10 +119,7 @@ class Batch:
             framed[number] = kind == END
             if records:
                 yield Chunk(number, offset, framer.offset, records)
-        self._states = {
-            number: streams[number].framer.advance(streams[number].state, ended=ended)
-            for number, ended in framed.items()
-        }
+        self._reached = {number: streams[number].framer.reached(ended=ended) for number, ended in framed.items()}
 
     @property
     def intent(self) -> Intent | None:
@@ -137,16 +136,18 @@ class Batch:
 
     def commit(self) -> None:
         """All of `records`, read to their end, are in the log or given up: the half is free."""
-        if self._states is None:
+        if self._reached is None:
             raise RuntimeError("commit before all records of the batch were made")
-        self._staging.commit(self, self._states)
+        streams = self._staging.streams
+        states = {number: State(*streams[number].state[:5], *reached) for number, reached in self._reached.items()}
+        self._staging.commit(self, states)
 
 
 class Staging:
     """The staging memory of one pool, or of a part of it. For one thread; a batch's records may be made in another.
 
-    streams: by number, all that have a place. pending: the batch that is sealed and not committed. Two descriptors:
-    fd, and one that the mapping keeps.
+    streams: by number, all that have a place. pending: the batch that is sealed and not committed. latest: `wall` of
+    the last bytes that were found here. Two descriptors: fd, and one that the mapping keeps.
     """
 
     def __init__(self, fd: int) -> None:
@@ -213,6 +214,11 @@ class Staging:
         sequence, stop = words[other + handover.SEQUENCE], words[other + handover.STOP]
         if handover.is_pending(self._sequence, sequence, committed):
             self.pending = Batch(self, sequence, self._entries(1 - filling, stop), stop)
+        self.latest = max([entry.wall for entry in self._all_entries()], default=0.0)
+
+    def _all_entries(self) -> list[Entry]:
+        """Of all that is not committed."""
+        return self._staged + (self.pending.entries if self.pending else [])
 
     def _fill(self, half: int, position: int) -> None:
         """half is the one that is being filled, and nothing is in it yet."""
@@ -284,9 +290,13 @@ class Staging:
         stream.state = stream.state._replace(host_pid=host_pid, ns_pid=ns_pid)
 
     def release(self, number: int) -> None:
-        """The stream has ended, that is committed, and nobody will ask for it again. Raises ValueError."""
+        """The stream has ended, and that is committed, or nothing was ever taken from it. Its place is free.
+
+        Raises ValueError.
+        """
         stream = self.streams[number]
-        if not stream.state.ended:
+        new = stream.state == State(*stream.state[:5]) and all(entry.stream != number for entry in self._all_entries())
+        if not (stream.state.ended or new):
             raise ValueError(f"stream {number} has not ended")
         for which in (1 - stream.which, stream.which):  # the older version first: it does not know of the end
             self._words[self._at(number, which) // 8] = handover.NEVER
@@ -398,29 +408,36 @@ def _memfd() -> int:
 # --- after a supervisor's death ------------------------------------------------------------------------------------
 
 
-def finish(staging: Staging, path: Path) -> bool:
-    """Brings a batch that a dead supervisor had begun to append to path to its end: true if there was one.
+class Finished(NamedTuple):
+    """errno: what kept the rest of a batch out of the log; 0: nothing. lost: bytes of each stream in that rest."""
+
+    errno: int
+    lost: dict[int, int]
+
+
+def finish(staging: Staging, path: Path) -> Finished | None:
+    """Brings a batch that a dead supervisor had begun to append to path to its end; None: there was none.
 
     Before path is opened by anybody who would mend its end, and after the dead one's last thread is gone. If a batch is
-    pending afterwards, none of its records are anywhere: write it like any other. May be killed and called again.
-    Raises OSError when the log cannot be read or written; what is in it then is a first part of the batch, as before.
+    pending afterwards, none of its records are in a log that can be read: write it like any other. May be killed and
+    called again.
     """
     batch = staging.pending
     if batch is None or (intent := batch.intent) is None:
-        return False
-    fd = _open_again(path, intent)
-    if fd is None:
+        return None
+    finished = None
+    with contextlib.suppress(OSError):
+        fd = _open_again(path, intent)
+        if fd is not None:
+            try:
+                finished = _complete(fd, intent.size, batch)
+            finally:
+                os.close(fd)
+    if finished is None:
         batch.forget()
-        return False
-    try:
-        done = _complete(fd, intent.size, batch)
-    finally:
-        os.close(fd)
-    if done:
-        batch.commit()
     else:
-        batch.forget()
-    return done
+        batch.commit()
+    return finished
 
 
 def _open_again(path: Path, intent: Intent) -> int | None:
@@ -434,32 +451,47 @@ def _open_again(path: Path, intent: Intent) -> int | None:
     return None
 
 
-def _complete(fd: int, size: int, batch: Batch) -> bool:
-    """Appends what of the batch is missing behind the first size bytes of a file. False: what is there is not ours."""
+def _complete(fd: int, size: int, batch: Batch) -> Finished | None:
+    """Appends what of the batch is missing behind the first size bytes of a file. None: what is there is not ours.
+
+    Raises OSError where it cannot be read.
+    """
+    there = _ours(fd, size, batch)
+    if there is None:
+        return None
+    at, error, lost = size, 0, dict[int, int]()
+    for chunk in batch.records():
+        stop = at + len(chunk.records)
+        if not error and stop > size + there:
+            error = _append(fd, chunk.records[max(size + there - at, 0) :])
+            if error:
+                lost[chunk.stream] = chunk.stop - _mend(fd, at, chunk)
+        elif error:
+            lost[chunk.stream] = lost.get(chunk.stream, 0) + chunk.stop - chunk.start
+        at = stop
+    return Finished(error, lost)
+
+
+def _ours(fd: int, size: int, batch: Batch) -> int | None:
+    """How many bytes of the batch's records are behind the first size bytes of a file; None: something else is there.
+
+    Where another version of nssup has written the same batch in another way, what it wrote is taken back.
+    """
     at = size
     if os.fstat(fd).st_size < at:
-        return False
-    chunks = batch.records()
-    for chunk in chunks:
+        return None
+    for chunk in batch.records():
         found = os.pread(fd, len(chunk.records), at)
         if not chunk.records.startswith(found):
-            return _replace(fd, size, batch)
+            first = next(batch.records()).records.partition(b"\n")[0]
+            if not _is_same(os.pread(fd, _LONGEST, size).partition(b"\n"), first):
+                return None
+            os.ftruncate(fd, size)
+            return 0
         at += len(found)
         if len(found) < len(chunk.records):
-            _append(fd, chunk.records[len(found) :])
-            _append_all(fd, chunks)
-    return True
-
-
-def _replace(fd: int, size: int, batch: Batch) -> bool:
-    """Writes the batch in place of what is behind the first size bytes, if that is the same batch as another version of
-    nssup writes it."""
-    first = next(batch.records()).records.partition(b"\n")[0]
-    if not _is_same(os.pread(fd, _LONGEST, size).partition(b"\n"), first):
-        return False
-    os.ftruncate(fd, size)
-    _append_all(fd, batch.records())
-    return True
+            break
+    return at - size
 
 
 def _is_same(found: tuple[bytes, bytes, bytes], expected: bytes) -> bool:
@@ -475,12 +507,25 @@ def _is_same(found: tuple[bytes, bytes, bytes], expected: bytes) -> bool:
     return all(getattr(theirs, name) == getattr(ours, name) for name in ("worker", "generation", "stream", "offset"))
 
 
-def _append_all(fd: int, chunks: Iterable[Chunk]) -> None:
-    for chunk in chunks:
-        _append(fd, chunk.records)
-
-
-def _append(fd: int, records: bytes) -> None:
+def _append(fd: int, records: bytes) -> int:
+    """0, or the number of the error that came."""
     view = memoryview(records)
-    while view:
-        view = view[os.write(fd, view) :]
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
+def _mend(fd: int, at: int, chunk: Chunk) -> int:
+    """Cuts off the torn end of a chunk that begins at at. The first byte of its stream that is not in the log."""
+    there = os.fstat(fd).st_size - at
+    whole = chunk.records.rfind(b"\n", 0, max(there, 0)) + 1
+    if there > whole:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, at + whole)
+    if not whole:
+        return chunk.start
+    rest = chunk.records[whole:]
+    return _decode(rest.partition(b"\n")[0]).offset or 0 if rest else chunk.stop
