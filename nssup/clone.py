@@ -243,7 +243,6 @@ class Process:
         "_token",
         "generation",
         "has_init",
-        "host_pid",
         "init_host_pid",
         "line_ended",
         "pidfd",
@@ -271,7 +270,6 @@ class Process:
         self.generation = plan.generation
         self.has_init = plan.init
         self.policy = wire.Policy.DIE if plan.die else wire.Policy.KEEP
-        self.host_pid: int | None = None
         self.line_ended = False
         self.unknown = 0
         self._epoch = epoch
@@ -315,12 +313,19 @@ class Process:
         return found
 
     def _ours(self, messages: list[wire.Message]) -> list[wire.Message]:
-        """What counts of messages while init has not answered `hello`: from its State under our epoch on."""
+        """What counts of messages while init has not answered `hello`: from its State under our epoch on.
+
+        And a Started that nobody read: it is the kernel's word, and of a program that has ended since nobody can ask
+        for it again.
+        """
+        counted: list[wire.Message] = []
         for number, message in enumerate(messages):
             if isinstance(message, wire.State) and message.epoch == self._epoch:
                 self._awaits_state = False
-                return messages[number:]
-        return []
+                return counted + messages[number:]
+            if isinstance(message, wire.Started):
+                counted.append(message)
+        return counted
 
     def signal(self, signo: int, *, tree: bool = False) -> None:
         """Send signo to the program, or to every process of the namespace but init (tree)."""
@@ -381,8 +386,35 @@ class Process:
         process._awaits_state = True
         return process
 
+    @classmethod
+    def inherit(
+        cls, fds: tuple[int, int, int, int], init_host_pid: int, generation: int, epoch: int, has_init: bool
+    ) -> "Process":
+        """A life of the supervisor that this process was before it exec'ed: one that ends with its supervisor.
+
+        fds: pidfd, line, stdout, stderr, ours from here on; -1: there is none. What init said and nobody read counts.
+        """
+        pidfd, number, stdout, stderr = fds
+        line = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, number if number >= 0 else None)
+        if number < 0:
+            line.close()
+        plan = record.Plan(generation, (), (), (), frozenset(), init=has_init, die=True)
+        process = cls(pidfd, init_host_pid, line, (stdout, stderr), plan, epoch, b"")
+        process.line_ended = number < 0
+        return process
+
+    def change_policy(self, policy: wire.Policy) -> None:
+        """What our death means from now on. To be said again to whoever adopts the life; only where there is an init."""
+        ends = [self.line] if policy is wire.Policy.KEEP else []  # init gave its copy up under DIE
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", ends))] if ends else []
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionError):
+            self._socket.sendmsg([wire.policy_change(self._epoch, policy)], rights)
+            self.policy = policy
+
     def staging(self) -> int | None:
         """A copy of the staging memory that init keeps, the caller's; None: it keeps none. Raises OSError."""
+        if not self.has_init:
+            return None
         try:
             return _pidfd.getfd(self.pidfd, wire.Fd.STAGING)
         except OSError as error:

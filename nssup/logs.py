@@ -28,7 +28,7 @@ from typing import NamedTuple
 import msgspec
 
 from nssup.follower import Follower
-from nssup.handover import Layout
+from nssup.handover import Layout, StagingError
 from nssup.lines import Framer, seconds, stamp
 from nssup.logfile import LogFile, Outage, last_records, pick_last, timestamp
 from nssup.staging import Batch, Full, Staging, finish
@@ -233,9 +233,10 @@ class LogHub:
                 os.close(fd)
                 return
             staging = Staging(fd)
-        except BaseException:
+        except (OSError, StagingError):
             os.close(fd)
-            raise
+            self._on_error(pool.name, errno.EBADMSG, 0)  # what is in there nobody can tell
+            return
         pool.stagings.append(staging)
         finish(staging, path)
 
@@ -432,17 +433,23 @@ class LogHub:
         ready, self._ready = self._ready, {}
         most = 0
         busy = False
-        for pipe in ready:
-            blocked = pipe.life._pool.blocked
-            if blocked is not None:
-                blocked[pipe] = None
-                busy = True
-            elif got := self._read(pipe, wall):
-                # Not read until it is dry, which would be a second call each time: the next pass will see.
-                self._ready[pipe] = None
-                busy = True
-                most = max(most, got)
-        self._rest(busy, most)
+        try:
+            while ready:
+                pipe = next(iter(ready))
+                del ready[pipe]
+                blocked = pipe.life._pool.blocked
+                if blocked is not None:
+                    blocked[pipe] = None
+                    busy = True
+                elif got := self._read(pipe, wall):
+                    busy = True
+                    most = max(most, got)
+                    if pipe.fd >= 0:
+                        # Not read until it is dry, which would be a second call each time: the next pass will see.
+                        self._ready[pipe] = None
+        finally:
+            self._ready.update(ready)  # whatever went wrong with one pipe, the others are seen to
+            self._rest(busy or bool(ready), most)
 
     def _rest(self, busy: bool, most: int) -> None:
         """Sets when to look again, by the fullest pipe found: it should be half full when we come back."""
@@ -539,6 +546,7 @@ class LogHub:
         self._epoll.unregister(pipe.fd)
         del self._pipes[pipe.fd]
         os.close(pipe.fd)
+        pipe.fd = -1
 
     def _ts(self, pool: _Pool, now: str) -> str:
         """now, but never before what the log says already."""

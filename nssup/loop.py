@@ -11,7 +11,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -39,7 +39,7 @@ from nssup.events import (
 )
 from nssup.facts import Host
 from nssup.journal import Journal, Mode
-from nssup.logs import LogHub, Streams
+from nssup.logs import LogHub, Passed, Streams
 from nssup.selection import pool_of
 from nssup.spec import PoolSpec, SupervisorSpec, validate
 from nssup.staging import Staging
@@ -290,8 +290,8 @@ class Supervisor:
     def _prepare(self, spec: PoolSpec) -> None:
         """What can be refused about a pool, before anything of it is done. Again: changes nothing."""
         self._check_open()
-        if spec.name in self.workers.pools:
-            return  # the workers refuse it, and those of that name go on as they are
+        if spec.name in self.workers.pools or spec.name in self._prepared:
+            return  # done; or the workers refuse it, and those of that name go on as they are
         account = plan.Account(*config.account(validate(spec), self._host))
         prepared = plan.prepare(spec, account, self._environ, self._privileged)
         if self._custody and spec.name not in self._claims:

@@ -1,0 +1,167 @@
+"""Output through staging memory, as the hub does it: to its end, let go in the middle, taken up again, short of room."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from nssup import logs
+from nssup.handover import Layout
+from nssup.lines import Record, content
+from nssup.logs import LogHub, Streams
+
+pytestmark = pytest.mark.both_loops
+
+_decode = msgspec.json.Decoder(Record).decode
+
+
+@asynccontextmanager
+async def hub(log_dir: Path, found: tuple[int, ...] = ()) -> AsyncIterator[LogHub]:
+    """A hub with the pool `web` staged, its writer running."""
+    one = LogHub(asyncio.get_running_loop(), log_dir, lambda: 1.7e9)
+    one.open_pool("web", staged=True, found=found)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(one.run())
+        try:
+            yield one
+        finally:
+            await one.close()
+
+
+def attach(one: LogHub, read: int, index: int = 0, generation: int = 1) -> Streams:
+    life = one.attach("web", f"web/{index}", generation, read, None, one.place("web"))
+    life.identify(100 + index, 2)
+    return life
+
+
+def streams_in(log_dir: Path) -> dict[tuple[str | None, int | None], bytes]:
+    """The bytes of each life's stdout, rebuilt; each record must follow the one before."""
+    found: dict[tuple[str | None, int | None], bytes] = {}
+    for line in (log_dir / "web.jsonl").read_bytes().splitlines():
+        record = _decode(line)
+        key = record.worker, record.generation
+        assert record.host_pid is not None
+        assert record.offset == len(found.get(key, b""))
+        found[key] = found.get(key, b"") + content(record)
+    return found
+
+
+async def have_read(one: LogHub, count: int) -> None:
+    while one.counters.bytes_read < count:  # noqa: ASYNC110 - nobody is told of it, and it is a turn or two
+        await asyncio.sleep(0)
+
+
+def told() -> tuple[asyncio.Future[None], Callable[[], None]]:
+    future = asyncio.get_running_loop().create_future()
+    return future, lambda: future.set_result(None)
+
+
+async def test_a_life_is_let_go_when_all_of_it_is_in_the_log(tmp_path: Path) -> None:
+    async with hub(tmp_path) as one:
+        read, write = os.pipe()
+        life = attach(one, read)
+        os.write(write, b"one\ntwo\nrest")
+        os.close(write)
+        drained, tell = told()
+        one.drain(life, tell)
+        assert not drained.done()
+        await drained
+        assert streams_in(tmp_path) == {("web/0", 1): b"one\ntwo\nrest"}
+        staging = one.place("web")
+        assert staging is not None
+        assert not staging.streams
+
+
+async def test_a_life_that_said_nothing_is_let_go_too(tmp_path: Path) -> None:
+    async with hub(tmp_path) as one:
+        read, write = os.pipe()
+        os.close(write)
+        drained, tell = told()
+        one.drain(attach(one, read), tell)
+        await drained
+
+
+async def test_the_next_hub_goes_on_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    kept = os.dup(read)  # as init has it
+    async with hub(tmp_path) as one:
+        life = attach(one, read)
+        os.write(write, b"first\nhalf a ")
+        staging = one.place("web")
+        assert staging is not None
+        memory = os.dup(staging.fd)
+        await have_read(one, 13)
+        await one.flush()
+        one.detach(life)
+    assert streams_in(tmp_path) == {("web/0", 1): b"first\n"}
+    os.write(write, b"line\n")
+    os.close(write)
+    async with hub(tmp_path, (os.dup(memory), memory)) as one:
+        found = one.place("web")
+        assert found is not None
+        assert one.is_staged(found, "web/0", 1)
+        life = one.attach("web", "web/0", 1, kept, None, found)
+        one.settle("web")
+        drained, tell = told()
+        one.drain(life, tell)
+        await drained
+    assert streams_in(tmp_path) == {("web/0", 1): b"first\nhalf a line\n"}
+
+
+async def test_a_stream_that_nobody_writes_any_more_is_ended(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    async with hub(tmp_path) as one:
+        life = attach(one, read)
+        os.write(write, b"cut of")
+        await have_read(one, 6)
+        await one.flush()
+        staging = one.place("web")
+        assert staging is not None
+        memory = os.dup(staging.fd)
+        one.detach(life)
+    os.close(write)
+    async with hub(tmp_path, (memory,)) as one:
+        one.settle("web")
+        await one.flush()
+        assert streams_in(tmp_path) == {("web/0", 1): b"cut of"}
+
+
+@pytest.mark.parametrize("size", [4096, 40_000, 65_536])
+async def test_no_room_delays_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """The memory is far smaller than what comes: pipes wait for the writer, also those of lives that are over."""
+    monkeypatch.setattr(logs, "LAYOUT", Layout(streams=16, half=4096, entries=8))
+    lives = []
+    async with hub(tmp_path) as one:
+        for index in range(6):
+            read, write = os.pipe()
+            said = (b"%d: a line of some length\n" % index * (size // 20))[:size]
+            os.write(write, said)
+            os.close(write)
+            drained, tell = told()
+            one.drain(attach(one, read, index), tell)
+            lives.append((index, said, drained))
+        for _, _, drained in lives:
+            await drained
+    assert streams_in(tmp_path) == {(f"web/{index}", 1): said for index, said, _ in lives}
+
+
+async def test_more_lives_than_one_memory_has_streams_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LAYOUT", Layout(streams=4, half=4096, entries=8))
+    async with hub(tmp_path) as one:
+        waiting = []
+        writers = []
+        for index in range(7):
+            read, write = os.pipe()
+            writers.append(write)
+            waiting.append(attach(one, read, index))
+            os.write(write, b"x\n")
+        for life, write in zip(waiting, writers, strict=True):
+            os.close(write)
+            drained, tell = told()
+            one.drain(life, tell)
+            await drained
+    assert streams_in(tmp_path) == {(f"web/{index}", 1): b"x\n" for index in range(7)}
