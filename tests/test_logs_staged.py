@@ -1,4 +1,4 @@
-"""Output through staging memory, as the hub does it: to its end, let go in the middle, taken up again, short of room."""
+"""Output through staging memory, as the hub does it: to its end, let go midway, taken up again, short of room."""
 
 import asyncio
 import os
