@@ -20,6 +20,7 @@ from nssup.events import (
     LaunchFailed,
     Running,
     SetupFailed,
+    Start,
     Started,
     State,
 )
@@ -130,6 +131,8 @@ def _rest(worker: Worker) -> tuple[Input, ...]:
     """Its life was over already; its end may still have to be said."""
     if worker.state is State.STOPPING:
         return (Gone(worker.generation),)
+    if worker.state is State.STOPPED and worker.want_up:  # only because its supervisor ended
+        return (Start(),)
     return ()
 
 

@@ -4,14 +4,15 @@ Source: fcntl(2), POSIX record locks. Such a lock is free at once when its proce
 still hold copies of the descriptors; any close of the file in the process drops it, so the descriptor is kept for life.
 """
 
-import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from nssup import adopt, clone, lives, record
+from nssup.desired import write_durably
 from nssup.errors import ControlError, ExitCode, errno_name
 from nssup.events import State
 from nssup.machine import Worker
@@ -30,23 +31,34 @@ class Directories:
     Raises ControlError naming the directory when it cannot be made or another supervisor has it.
     """
 
-    def __init__(self, spec: SupervisorSpec) -> None:
+    def __init__(self, spec: SupervisorSpec, inherited: Iterable[int] = ()) -> None:
+        """inherited: lock files that `pass_on` gave, in this process, ours from here on."""
         self._locks: list[_Lock] = []
+        there = {_file_key(fd): fd for fd in inherited}
         try:
             for path in (spec.state_dir, spec.runtime_dir):
                 _make(path, 0o700)
                 _check_ours(path)
-                if _file_key(Path(path, "lock")) not in [lock.key for lock in self._locks]:  # two names for one place
-                    self._locks.append(_Lock(Path(path)))
+                key = _file_key(Path(path, "lock"))
+                if key not in [lock.key for lock in self._locks]:  # two names for one place
+                    self._locks.append(_Lock(Path(path), there.pop(key, None)))
             _make(spec.log_dir, 0o750)
             self.epoch = _next_epoch(Path(spec.state_dir, "epoch"))
         except BaseException:
             self.close()
             raise
+        finally:
+            for fd in there.values():
+                os.close(fd)
 
     def close(self) -> None:
         while self._locks:
             self._locks.pop().close()
+
+    def pass_on(self) -> tuple[int, ...]:
+        """The lock files, the caller's from here on: as long as they are open, nobody else has the directories."""
+        locks, self._locks = self._locks, []
+        return tuple(lock.release() for lock in locks)
 
 
 def refused(error: OSError, what: str, path: str | Path | None = None) -> ControlError:
@@ -80,16 +92,18 @@ def _check_ours(path: str) -> None:
 
 
 class _Lock:
-    """The lock of one directory. Raises ControlError."""
+    """The lock of one directory. inherited: its file, which this process has locked before. Raises ControlError."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, inherited: int | None = None) -> None:
         path = directory / "lock"
         try:
             if _file_key(path) in _held:
                 raise _taken(directory, str(os.getpid()))
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            if inherited is None:
+                inherited = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise refused(error, "open", path) from None
+        self._fd = inherited
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._fd, 0)
@@ -104,8 +118,12 @@ class _Lock:
         _held.add(self.key)
 
     def close(self) -> None:
+        os.close(self.release())
+
+    def release(self) -> int:
+        """The file, the caller's."""
         _held.discard(self.key)
-        os.close(self._fd)
+        return self._fd
 
 
 def _file_key(file: Path | int) -> tuple[int, int]:
@@ -133,16 +151,9 @@ def _next_epoch(path: Path) -> int:
         epoch = 1
     if not 1 <= epoch <= EPOCH_MAX:
         epoch = 1
-    fresh = path.with_suffix(".new")
     try:
-        with fresh.open("w") as file:
-            file.write(f"{epoch}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        write_durably(path, f"{epoch}\n".encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
         raise refused(error, "write", path) from None
     return epoch
 
@@ -157,17 +168,37 @@ class Claim(NamedTuple):
     processes: tuple[clone.Process, ...]
 
 
+class Orphan(NamedTuple):
+    """A life that may be ours and cannot be proven so. reason: `lost:WHY`. host_pid: of its program, where known."""
+
+    worker: str
+    generation: int
+    init_host_pid: int | None
+    host_pid: int | None
+    reason: str
+
+    @classmethod
+    def of(cls, worker: Worker) -> "Orphan":
+        """The newest life of a worker that is lost."""
+        reason = worker.reason or "lost"
+        return cls(worker.id, worker.generation, worker.init_host_pid, worker.last_host_pid, reason)
+
+
 class Custody:
     """Notes every change of a worker before it is acted on, and takes over the lives that a dead supervisor noted.
 
     failed: the notes could not be written: lives launched from then on must die with us. strange: notes that were torn
-    or forged, a line each.
+    or forged, a line each. unproven: notes of older lives that cannot be proven ours or gone, and why.
     """
 
-    def __init__(self, path: Path, epoch: int, own_pidfd: int) -> None:
-        """Raises ControlError when the file of notes cannot be had."""
+    def __init__(
+        self, path: Path, epoch: int, own_pidfd: int, inherited: Iterable[tuple[str, clone.Process]] = ()
+    ) -> None:
+        """inherited: lives of the supervisor that this process was before, by worker id. Raises ControlError."""
         self._epoch = epoch
         self._own_pidfd = own_pidfd
+        self._inherited = {(worker_id, process.generation): process for worker_id, process in inherited}
+        self.unproven: list[Orphan] = []
         self._identities: dict[tuple[str, int], lives.Identity] = {}
         self._newest: dict[str, int] = {}
         self.failed: OSError | None = None
@@ -182,6 +213,8 @@ class Custody:
 
     def close(self) -> None:
         self._lives.close()
+        while self._inherited:
+            self._inherited.popitem()[1].destroy()  # of which there is no note
 
     # --- noting ------------------------------------------------------------------------------------------------------
 
@@ -208,6 +241,11 @@ class Custody:
         self._lives.write(worker_id, worker.generation, _step(worker, identity), identity, adopt.keep(worker))
         if before is not None and before != worker.generation and (worker_id, before) not in self._identities:
             self._lives.forget(worker_id, before)
+
+    def forget_all(self, but: Collection[str]) -> None:
+        """Everything ended as it should: whoever comes next starts anew. but: workers whose notes stay."""
+        for worker_id in [worker_id for worker_id in self._newest if worker_id not in but]:
+            self.changed(worker_id, None)
 
     def _forget_worker(self, worker_id: str) -> None:
         generation = self._newest.pop(worker_id, None)
@@ -247,8 +285,11 @@ class Custody:
             if process is not None:
                 processes.append(process)
                 self._identities[worker_id, slot.generation] = _identity(slot)
-            elif slot is not newest:
+            elif slot is not newest and facts[slot.generation].gone:
                 self._lives.forget(worker_id, slot.generation)
+            elif slot is not newest:
+                why = f"lost:{facts[slot.generation].why}"
+                self.unproven.append(Orphan(worker_id, slot.generation, slot.init_host_pid or None, None, why))
         older = tuple(process.generation for process in processes if process.generation != newest.generation)
         adopted = adopt.adopt(newest, facts[newest.generation], older)
         if adopted is None:
@@ -260,6 +301,9 @@ class Custody:
         return Claim(adopted, tuple(processes))
 
     def _take(self, slot: record.Slot) -> tuple[clone.Process | None, adopt.Fact]:
+        inherited = self._inherited.pop((slot.worker, slot.generation), None)
+        if inherited is not None:
+            return inherited, adopt.Fact(holds=True)
         pidfd, fact = lives.find(slot, self._own_pidfd)
         if pidfd is None:
             return None, fact

@@ -7,6 +7,7 @@ its start time; what is not proven to be ours is not touched.
 Source: name_to_handle_at(2) (pidfs: Linux 6.14; unique inodes: 6.9), pidfd_open(2), pidfd_getfd(2), proc(5).
 """
 
+import contextlib
 import errno
 import functools
 import os
@@ -98,6 +99,9 @@ def find(slot: record.Slot, own_pidfd: int) -> tuple[int | None, Fact]:
 def _alive(pidfd: int) -> tuple[int | None, Fact]:
     """A pidfd that is readable is of a process that has ended, reaped or not."""
     if ended(pidfd):
+        # Our own child, if we are what its supervisor exec'ed: then nobody else would reap it.
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
         os.close(pidfd)
         return None, Fact(gone=True)
     return pidfd, Fact(holds=True)

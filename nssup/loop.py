@@ -16,9 +16,11 @@ from pathlib import Path
 from types import TracebackType
 
 import msgspec
+from msgspec.structs import replace
 
-from nssup import __version__, adopt, clone, config, machine, plan, procfs, wire
-from nssup.custody import Claim, Custody, Directories, refused
+from nssup import __version__, adopt, clone, config, machine, plan, procfs, reexec, wire
+from nssup.custody import Claim, Custody, Directories, Orphan, refused
+from nssup.desired import Desired
 from nssup.errors import ControlError, LaunchError, errno_name
 from nssup.events import (
     Empty,
@@ -93,8 +95,17 @@ class Supervisor:
     behind. Touches no signal handler and reaps only what it launched.
     """
 
-    def __init__(self, spec: SupervisorSpec | None = None, *, stderr: Mode = "none") -> None:
-        """stderr: how own events are shown there: `json`, `text` or `none`."""
+    def __init__(
+        self,
+        spec: SupervisorSpec | None = None,
+        *,
+        stderr: Mode = "none",
+        inheritance: reexec.Inheritance | None = None,
+    ) -> None:
+        """stderr: how own events are shown there: `json`, `text` or `none`.
+
+        inheritance: what the supervisor that this process was before left; its locks and lives are ours from here on.
+        """
         self.spec = spec
         self.host_pid = os.getpid()
         self.version = __version__
@@ -115,6 +126,16 @@ class Supervisor:
         self._shutdown: asyncio.Future[None] | None = None
         self._custody: Custody | None = None
         self._claims: dict[str, list[Claim]] = {}  # of pools that are prepared and not added yet
+        self._desired: Desired | None = None
+        self._configured: dict[str, int] = {}  # pool -> its workers as the config has them
+        self._orphans: list[Orphan] = []  # of pools that are no more, and older lives
+        self._returning: set[str] = set()  # workers that are stopped because we end, and are to come up again
+        self._awaited: frozenset[tuple[str, int]] | None = None
+        self._inheritance = inheritance
+        self._inherited: dict[tuple[str, int], reexec.Life] = {}
+        self._passing_on = False
+        self._passed: list[reexec.Life] = []
+        self.legacy: reexec.Inheritance | None = None
         self.leaving = False
         self._ending = False
         self._closes = contextlib.AsyncExitStack()
@@ -127,15 +148,15 @@ class Supervisor:
         async with contextlib.AsyncExitStack() as opened:
             log_dir = None
             if self.spec is not None:
-                directories = Directories(self.spec)
-                opened.callback(directories.close)
-                self.epoch, log_dir = directories.epoch, Path(self.spec.log_dir)
+                self._directories = Directories(self.spec, self._inheritance.locks if self._inheritance else ())
+                opened.callback(self._directories.close)
+                self.epoch, log_dir = self._directories.epoch, Path(self.spec.log_dir)
             self._launcher = clone.Launcher(self.epoch)
             opened.callback(self._launcher.close)
             if self.spec is not None:
-                notes = Path(self.spec.runtime_dir, "lives")
-                self._custody = Custody(notes, self.epoch, self._launcher.own_pidfd)
+                self._custody = self._take_custody(self.spec)
                 opened.callback(self._custody.close)
+                self._desired = Desired(Path(self.spec.state_dir, "desired.json"), self.epoch)
             self.logs = LogHub(self._loop, log_dir, time.time, on_error=self._log_failed)
             opened.push_async_callback(self.logs.close)
             self._watch = Watch(self._loop)
@@ -154,10 +175,14 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and not self.leaving:
+            if kind is None and self.leaving:
+                self._note_leaving()
+            elif kind is None:
                 await self.stop_all()
         finally:
             self._end_lives()
+            if kind is None and self._custody:
+                self._settle(self._custody)
             try:
                 self._journal.close()
                 await self.logs.close()
@@ -166,33 +191,119 @@ class Supervisor:
             finally:
                 await self._closes.aclose()
 
+    def _take_custody(self, spec: SupervisorSpec) -> Custody:
+        inherited = []
+        for life in self._inheritance.lives if self._inheritance else ():
+            fds = life.pidfd, life.line, life.stdout, life.stderr
+            process = clone.Process.inherit(fds, life.init_host_pid, life.generation, self.epoch, life.has_init)
+            inherited.append((life.worker, process))
+            self._inherited[life.worker, life.generation] = life
+        return Custody(Path(spec.runtime_dir, "lives"), self.epoch, self._launcher.own_pidfd, inherited)
+
     def _end_lives(self) -> None:
         """Whatever still lives: let go if we leave and it may stay, else killed, waited for, closed."""
         self._launches.clear()
         if self._alarm is not None:
             self._alarm.cancel()
         lives, self._lives = list(self._lives.values()), {}
-        staying = [life for life in lives if self.leaving and life.process.policy is wire.Policy.KEEP]
-        for life in staying:
-            life.over = True
-            if life.streams is not None:
-                self.logs.detach(life.streams)
-            self._forget_descriptors(life)
-            life.process.close()
+        ending = [life for life in lives if not self._stays(life) or not self._let_go(life)]
         for claim in [claim for claims in self._claims.values() for claim in claims]:
             for process in claim.processes:  # refused before they were taken over: the next supervisor finds them
                 process.close()
-        ending = [life for life in lives if life not in staying]
         for life in ending:
             life.process.kill()
         for life in ending:
             self._forget_descriptors(life)
             life.process.destroy()
 
+    def _stays(self, life: _Life) -> bool:
+        """Whether a life goes on when we end now."""
+        return self._passing_on or (self.leaving and life.process.policy is wire.Policy.KEEP)
+
+    def _let_go(self, life: _Life) -> bool:
+        """As if we had died; a life that would end with us is passed on. False when it cannot be."""
+        try:
+            if life.process.policy is wire.Policy.DIE:
+                self._passed.append(self._pass_on(life))
+            elif life.streams is not None:
+                self.logs.detach(life.streams)
+        except OSError:  # no descriptors left
+            return False
+        life.over = True
+        self._forget_descriptors(life)
+        life.process.close()
+        return True
+
+    def _pass_on(self, life: _Life) -> reexec.Life:
+        process = life.process
+        if life.streams is not None:
+            stdout, stderr = self.logs.pass_on(life.streams)
+        else:
+            stdout, stderr = (Passed(-1 if fd is None else fd) for fd in process.take_logs())
+        return reexec.Life(
+            life.worker_id,
+            process.generation,
+            process.init_host_pid,
+            process.has_init,
+            os.dup(process.pidfd),
+            os.dup(process.line) if process.line >= 0 else -1,
+            stdout.fd,
+            stderr.fd,
+            (stdout.offset, stderr.offset),
+        )
+
+    def _settle(self, custody: Custody) -> None:
+        """The end is as it should be. What the next supervisor is to find: all, or nothing but what was lost."""
+        if not self.leaving:
+            custody.forget_all({w.id for w in self.workers.workers.values() if w.state is State.LOST})
+        if self._passing_on:
+            self.legacy = reexec.Inheritance(
+                host_pid=self.host_pid,
+                from_version=self.version,
+                epoch=self.epoch,
+                listener=-1,
+                locks=self._directories.pass_on(),
+                lives=tuple(self._passed),
+            )
+
+    def outlives_us(self, worker_id: str) -> bool:
+        """Whether the worker goes on by itself when we leave; true when there is nothing of it that could not."""
+        worker = self.workers.workers[worker_id]
+        life = self._lives.get((worker_id, worker.generation))
+        if life is not None:
+            return life.process.policy is wire.Policy.KEEP
+        spec = self._prepared[worker.pool].spec
+        return not worker.alive or (self._custody is not None and spec.init and spec.on_supervisor_death == "keep")
+
     def leave_running(self) -> None:
         """From now on ending means to let go: who may outlive us goes on, and the next supervisor adopts it."""
         self.leaving = True
         self.shutdown()
+
+    def pass_on(self) -> None:
+        """As leave_running, for a next supervisor in this very process: nobody ends, and `legacy` is what it needs."""
+        self._passing_on = True
+        self.leave_running()
+
+    async def stop_bound(self) -> None:
+        """Before leaving: stop by their stop sequences all that cannot go on without us, and wait until they are gone.
+
+        The next supervisor starts them again.
+        """
+        self._launch_all()
+        bound = [life for life in self._lives.values() if not self._stays(life)]
+        self._awaited = frozenset((life.worker_id, life.process.generation) for life in bound)
+        for life in bound:
+            worker = self.workers.workers.get(life.worker_id)
+            if worker is not None and worker.generation == life.process.generation:
+                self._stop(worker)
+        await self._wait_rest()
+
+    def _note_leaving(self) -> None:
+        self._launch_all()
+        staying = sum(self._stays(life) and not life.over for life in self._lives.values())
+        reason = "reexec" if self._passing_on else "operator"
+        self.workers.note("left_running", now(), reason=reason, detail={"workers": staying})
 
     async def stop_all(self) -> None:
         """Stop every worker by its stop sequence, pools in reverse order, and wait until each is proven gone.
@@ -202,13 +313,19 @@ class Supervisor:
         self._ending = True
         for pool in reversed(list(self.workers.pools)):
             for worker in [w for w in self.workers.workers.values() if w.pool == pool]:
-                self.feed(worker.id, Stop())
+                self._stop(worker)
         await self._wait_rest()
 
+    def _stop(self, worker: machine.Worker) -> None:
+        """Because we end, not because somebody does not want it any more: whoever comes next must know."""
+        if worker.want_up:
+            self._returning.add(worker.id)
+        self.feed(worker.id, Stop())
+
     def kill_all(self) -> None:
-        """SIGKILL to every life there is; their ends are handled as ever."""
+        """SIGKILL to every life that is to end with us; their ends are handled as ever."""
         for life in list(self._lives.values()):
-            if not life.over and life.worker_id in self.workers.workers:
+            if not self._stays(life) and not life.over and life.worker_id in self.workers.workers:
                 self.feed(life.worker_id, Kill(signal.SIGKILL, tree=True))
 
     async def _wait_rest(self) -> None:
@@ -219,6 +336,8 @@ class Supervisor:
         await asyncio.shield(self._rested)
 
     def _resting(self) -> bool:
+        if self._awaited is not None:
+            return self._awaited.isdisjoint(self._lives)
         return (
             not self._lives and not self._launches and all(w.state in _AT_REST for w in self.workers.workers.values())
         )
@@ -261,12 +380,15 @@ class Supervisor:
         user), ControlError (there is a pool of this name, its log cannot be opened).
         """
         self._prepare(spec)
+        self._configured.setdefault(spec.name, spec.workers)
+        wanted = self._desired.scale(spec.name) if self._desired else None
+        desired = spec if wanted is None else replace(spec, workers=wanted)
         claims = self._claims.pop(spec.name, [])
         for claim in claims:
             for process in claim.processes:
                 self._adopt(claim.adopted.worker, process)
         self.logs.settle(spec.name)
-        self._do(self.workers.add_pool(spec, now(), [claim.adopted.worker for claim in claims]))
+        self._do(self.workers.add_pool(desired, now(), [claim.adopted.worker for claim in claims]))
         for claim in claims:
             for event in claim.adopted.events:
                 self.feed(claim.adopted.worker.id, event)
@@ -281,11 +403,43 @@ class Supervisor:
             self._prepare(spec)
         for spec in specs:
             self.add_pool(spec)
-        for pool in sorted(self._custody.unclaimed()) if self._custody else ():
+        if self._custody and self._desired:
+            for pool in sorted(self._custody.unclaimed()):
+                self._add_unwanted(self._custody, pool)
+            self._orphans += self._custody.unproven
+            for what in self._custody.strange:
+                self.workers.note("slot_set_aside", now(), reason=what)
+            self._tidy(self._desired)
+
+    def _add_unwanted(self, custody: Custody, pool: str) -> None:
+        """What is left of a pool that is no more is stopped, as far as it is ours."""
+        claims = custody.claim(pool)
+        lost = [claim.adopted.worker for claim in claims if claim.adopted.worker.state is State.LOST]
+        for worker in lost:
+            self._orphans.append(Orphan.of(worker))
+            self.workers.note("lost", now(), pool=pool, reason=worker.reason, detail={"worker": worker.id})
+        self._claims[pool] = [claim for claim in claims if claim.adopted.worker not in lost]
+        if self._claims[pool]:
             self.add_pool(PoolSpec(name=pool, command=("-",), workers=0, enabled=False))
+            del self._configured[pool]
             self.remove_pool(pool)
-        for what in self._custody.strange if self._custody else ():
-            self.workers.note("slot_set_aside", now(), reason=what)
+
+    def _tidy(self, desired: Desired) -> None:
+        for what in desired.strange:
+            self.workers.note("desired_set_aside", now(), reason=what)
+        try:
+            desired.keep_only(self._configured)
+        except OSError as error:
+            self.workers.note("desired_failed", now(), reason=errno_name(error.errno or errno.EIO))
+
+    def orphans(self) -> list[Orphan]:
+        """What may be ours and cannot be proven so. Nobody signals it, and nothing is started in its place."""
+        lost = [Orphan.of(w) for w in self.workers.workers.values() if w.state is State.LOST]
+        return lost + self._orphans
+
+    def set_aside(self) -> list[str]:
+        """A line for each note or file of ours that could not be read at our start."""
+        return [*(self._custody.strange if self._custody else ()), *(self._desired.strange if self._desired else ())]
 
     def _prepare(self, spec: PoolSpec) -> None:
         """What can be refused about a pool, before anything of it is done. Again: changes nothing."""
@@ -324,10 +478,22 @@ class Supervisor:
         elif worker.generation == process.generation and worker.last_host_pid is not None:
             self._attach(life).identify(worker.last_host_pid, worker.last_ns_pid or 0)
         self._watch_life(life)
-        process.hello(self._launcher.own_pidfd)
+        if process.has_init:
+            process.hello(self._launcher.own_pidfd)
+            self._fit_policy(life)
+        else:
+            life.running = worker.running_since is not None
+
+    def _fit_policy(self, life: _Life) -> None:
+        """What our death means to an adopted life is what the config says now."""
+        spec = self._prepared[life.pool].spec
+        wanted = wire.Policy.DIE if spec.on_supervisor_death == "die" else wire.Policy.KEEP
+        if life.pool in self._configured and life.process.policy is not wanted:
+            life.process.change_policy(wanted)
 
     def _watch_life(self, life: _Life) -> None:
-        self._watch.add(life.process.line, lambda: self._on_line(life))
+        if life.process.line >= 0:
+            self._watch.add(life.process.line, lambda: self._on_line(life))
         self._watch.add(life.process.pidfd, lambda: self._on_gone(life))
 
     def is_adopted(self, worker_id: str) -> bool:
@@ -341,9 +507,41 @@ class Supervisor:
         self._do(self.workers.remove_pool(name, now()))
 
     def scale(self, pool: str, workers: int) -> None:
-        """Raises ControlError: there is no such pool, it is on its way out, so are we."""
+        """Have so many workers, for good. Raises ControlError, as scale_pools does."""
+        self.scale_pools({pool: workers})
+
+    def scale_pools(self, wanted: Mapping[str, int]) -> None:
+        """Pool -> how many workers to have, for good: later supervisors have as many, until it is what the config says.
+
+        Raises ControlError: there is no such pool, it is on its way out, so are we, or it cannot be remembered. Then
+        nothing is done.
+        """
         self._check_open()
-        self._do(self.workers.scale(pool, workers, now()))
+        scales = {pool: None if n == self._configured.get(pool) else n for pool, n in wanted.items()}
+        before = self._remember(scales)
+        try:
+            for pool, n in wanted.items():
+                self._do(self.workers.scale(pool, n, now()))
+        except ControlError:
+            self._remember(before)
+            raise
+
+    def _remember(self, scales: Mapping[str, int | None]) -> dict[str, int | None]:
+        """What was remembered before. Raises ControlError."""
+        if self._desired is None:
+            return {}
+        before = {pool: self._desired.scale(pool) for pool in scales}
+        try:
+            self._desired.set_scales(scales)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise ControlError(
+                "not-remembered",
+                f"cannot write {self._desired.path}: {error.strerror}",
+                hint="nothing was scaled, since it would be forgotten",
+                http_status=507 if full else 500,
+            ) from None
+        return before
 
     def feed(self, worker_id: str, event: Input) -> None:
         """An operator's event, or the world's. Raises ControlError when there is no such worker."""
@@ -404,6 +602,11 @@ class Supervisor:
             life.process.kill()
         else:
             life.process.signal(action.signo, tree=isinstance(action, machine.SignalTree))
+
+    def _launch_all(self) -> None:
+        """Whatever waits for its turn: it is promised in the notes, and nobody else would do it."""
+        while self._launches:
+            self._launch(*self._launches.popleft())
 
     def _queue_launch(self, worker_id: str, generation: int) -> None:
         if self._launches or self._launched_this_turn >= LAUNCHES_PER_TURN:
@@ -526,8 +729,16 @@ class Supervisor:
         process = life.process
         if life.streams is None:
             stdout, stderr = process.take_logs()
-            assert stdout is not None
-            life.streams = self.logs.attach(life.pool, life.worker_id, process.generation, stdout, stderr, life.staging)
+            inherited = self._inherited.pop((life.worker_id, process.generation), None)
+            life.streams = self.logs.attach(
+                life.pool,
+                life.worker_id,
+                process.generation,
+                stdout,
+                stderr,
+                life.staging,
+                inherited.offsets if inherited else (0, 0),
+            )
         return life.streams
 
     def _line_ended(self, life: _Life) -> None:
@@ -596,6 +807,8 @@ class Supervisor:
     def _changed(self, worker_id: str, worker: machine.Worker | None) -> None:
         """The notes come before the deed: whoever comes after us must know what we were about to do."""
         if self._custody:
+            if worker is not None and worker_id in self._returning:
+                worker = replace(worker, want_up=True)
             self._custody.changed(worker_id, worker)
 
     # --- publishing --------------------------------------------------------------------------------------------------

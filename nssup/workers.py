@@ -21,6 +21,9 @@ Published, one Event per change of state, plus facts (`from` and `to` are None):
 | `adopted` `lost` | facts: a worker of a supervisor that is no more is ours now; it cannot be proven ours |
 | `slot_set_aside` | fact: a note of a life was torn or forged |
 | `reload_refused` | fact: SIGHUP came, and this version cannot apply a changed config |
+| `left_running` | fact: the supervisor ends, and so many workers go on without it |
+| `reexec_failed` | fact: the supervisor could not become the code that is installed now, and went on as it was |
+| `desired_set_aside` `desired_failed` | facts: what was desired for good could not be read; it could not be tidied up |
 
 `exit` is how the last life ended, where the change is about that. A relaunch at once has no event of its own for the
 end before it: `relaunched` then carries `exit`, and the ended life's numbers in `detail.ended`.
@@ -62,6 +65,10 @@ EVENTS = frozenset(EVENT_OF.values()) | {
     "adopted",
     "lost",
     "slot_set_aside",
+    "left_running",
+    "reexec_failed",
+    "desired_set_aside",
+    "desired_failed",
 }
 
 # A life's end is told with the change that it caused.

@@ -23,7 +23,7 @@ ROWS = [
     "machine restart deps rollout schedule adopt lines config diff render selection plan openapi",
     "workers",
     "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging snapshot "
-    "logfile follower journal",
+    "logfile follower journal desired systemd reexec",
     "loop sim",
     "executor run foreground http operation",
     "ctl client",
@@ -36,6 +36,7 @@ WITHIN_ROW = {
     ("machine", "restart"),
     ("adopt", "machine"),
     ("custody", "clone"),
+    ("custody", "desired"),
     ("custody", "lives"),
     ("__main__", "fast"),
     ("__main__", "cli"),
