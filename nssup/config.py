@@ -14,13 +14,12 @@ from nssup import __version__, document, envfile, keys
 from nssup.document import Document, Table
 from nssup.errors import ExitCode, Problem, SpecError
 from nssup.locate import Path, dotted, quoted
-from nssup.record import Identity
+from nssup.record import DEFAULT_PATH, Identity, candidates
 from nssup.spec import PoolSpec, SupervisorSpec, User, expand, problems
 
 Read = Callable[[str, str], list[tuple[str, bytes]]]
 
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7) is 108 with its NUL
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LARGEST_ID = (1 << 32) - 2  # -1 means "unchanged" to setuid(2)
 NOBODYS_GROUP = -1  # of a user who is in no database
 _DEEPEST_INCLUDE = 16
@@ -565,14 +564,12 @@ def _expanded(spec: PoolSpec, text: str) -> str:
 
 def _command_warnings(spec: PoolSpec, facts: Facts) -> list[tuple[Path, str]]:
     program = _expanded(spec, spec.command[0])
-    if "/" in program:
-        candidates = [posixpath.join(_expanded(spec, spec.directory), program)]
-    else:
-        search = spec.env.get("PATH") or facts.variable("PATH") or DEFAULT_PATH
-        candidates = [posixpath.join(place or ".", program) for place in _expanded(spec, search).split(":")]
-    if any(map(facts.is_executable, candidates)):
+    search = _expanded(spec, spec.env.get("PATH") or facts.variable("PATH") or DEFAULT_PATH)
+    directory = _expanded(spec, spec.directory)
+    paths = [posixpath.join(directory, path) for path in candidates(program, search)]
+    if any(map(facts.is_executable, paths)):
         return []
-    there = next(filter(facts.exists, candidates), None)
+    there = next(filter(facts.exists, paths), None)
     if there is None:
         where = "on this host" if "/" in program else "in PATH"
         return [(("command",), f"there is no program {quoted(program)} {where}: install it, or correct the name")]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nssup import wire
 from nssup.clone import CLONE_NEW, Launcher, Process
 from nssup.errors import ExitCode, LaunchError, NssupError, errno_name
-from nssup.record import Identity, Plan
+from nssup.record import DEFAULT_PATH, Identity, Plan, candidates
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from nssup.terminal import Relay
 
 DEFAULT_NAMESPACES = ("pid", "mount", "uts", "ipc")
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOSTNAME_MAX = 64  # bytes (sethostname(2))
 CAP_SYS_ADMIN = 21
 GENERATION = 1
@@ -254,14 +253,6 @@ def environment(inherited: Mapping[str, str], changes: Iterable[str]) -> dict[st
             raise RunError(f"-e {change}: not NAME=VALUE")
         env[name] = value
     return env
-
-
-def candidates(program: str, path: str) -> tuple[str, ...]:
-    """The files to try in order, as execvp(3) has it: program itself when it holds a slash, else one per part of path,
-    an empty part meaning the working directory."""
-    if "/" in program:
-        return (program,)
-    return tuple(f"{part or '.'}/{program}" for part in path.split(":"))
 
 
 def _directory(workdir: str | None) -> str:

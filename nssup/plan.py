@@ -7,10 +7,9 @@ import fnmatch
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from nssup.record import UNLIMITED, Identity, Notify, Plan
+from nssup.record import DEFAULT_PATH, UNLIMITED, Identity, Notify, Plan, candidates
 from nssup.spec import PoolSpec, User, expand
 
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RLIMITS = {
     "cpu": 0,
     "fsize": 1,
@@ -37,13 +36,6 @@ class Account(NamedTuple):
 
     identity: Identity | None
     user: User | None
-
-
-def candidates(program: str, path: str) -> tuple[str, ...]:
-    """The paths to try in order, as execvp(3): the program itself if it holds a slash, else in each part of path."""
-    if "/" in program:
-        return (program,)
-    return tuple(f"{directory or '.'}/{program}" for directory in path.split(":"))
 
 
 def environment(spec: PoolSpec, user: User | None, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -45,6 +45,17 @@ _NOTIFY = struct.Struct("<II")
 _PADDING = (b"", b"\0" * 7, b"\0" * 6, b"\0" * 5, b"\0" * 4, b"\0" * 3, b"\0" * 2, b"\0")
 
 
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def candidates(program: str, path: str) -> tuple[str, ...]:
+    """The paths to try in order, as execvp(3): program itself if it holds a slash, else one for each part of path, an
+    empty part meaning the working directory."""
+    if "/" in program:
+        return (program,)
+    return tuple(f"{directory or '.'}/{program}" for directory in path.split(":"))
+
+
 class Identity(NamedTuple):
     uid: int
     gid: int
