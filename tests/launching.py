@@ -149,9 +149,9 @@ class Driver:
 
 @contextlib.contextmanager
 def launched(
-    plan: Plan, launcher: Launcher | None = None, stdio: tuple[int, int, int] | None = None
+    plan: Plan, launcher: Launcher | None = None, stdio: tuple[int, int, int] | None = None, go: bool = True
 ) -> Iterator[Driver]:
-    """A life that is told to go; destroyed on the way out."""
+    """A life that is told to go, unless it is not; destroyed on the way out."""
     own = Launcher() if launcher is None else launcher
     try:
         process = own.launch(plan, stdio=stdio)
@@ -159,7 +159,8 @@ def launched(
         if launcher is None:
             own.close()
     try:
-        process.go()
+        if go:
+            process.go()
         yield Driver(process)
     finally:
         process.destroy()

@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -752,6 +753,34 @@ def test_at_the_limit_of_processes() -> None:
     assert in_child(at_the_limit_of_processes, identity=own) == ("clone", errno.EAGAIN)
 
 
+SWEEP = {
+    "clone3:EAGAIN:1": "LaunchError clone EAGAIN",
+    "execveat:EACCES:1": "LaunchError exec_init EACCES",
+    "sendto:EAGAIN:2": "init-killed",  # GO
+    "sendmsg:ENOBUFS:1": "worked",  # STARTED, said again
+    "recvmsg:ECONNRESET:1": "worked",
+    "signalfd4:ENFILE:1": "failed setup-failed:pid_one:ENFILE",
+    "mount:EBUSY:2": "failed setup-failed:mount_proc:EBUSY",
+    "setresuid:EAGAIN:1": "failed setup-failed:user:EAGAIN",
+    "waitid:EINTR:1": "worked",
+}
+
+
+@needs_root
+@pytest.mark.slow
+def test_a_system_call_that_fails_ends_in_a_name() -> None:
+    """A sample of scripts/inject, which lets any call of supervisor and init fail."""
+    if not shutil.which("strace"):
+        pytest.skip("needs strace")
+    inject = PACKAGE.parent / "scripts" / "inject"
+    done = subprocess.run([sys.executable, inject, *SWEEP], capture_output=True, text=True, check=False)
+    found = {line.split()[0]: line for line in done.stdout.splitlines() if " no init " not in line}
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {
+        case: found[case].split(" init ")[1].strip().startswith(said) for case, said in SWEEP.items()
+    } == dict.fromkeys(SWEEP, True), done.stdout
+
+
 # --- an unprivileged supervisor --------------------------------------------------------------------------------------
 
 
@@ -1079,13 +1108,15 @@ def test_under_die_an_abandoned_life_ends(launcher: Launcher) -> None:
 
 @pytest.fixture
 def line() -> Iterator[tuple[Process, socket.socket]]:
-    """A Process, and the other end of its line: as init, taken over by a worker that may trace it."""
+    """A Process, and the other end of its line: as an init that was taken over by a worker that may trace it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     ours.setsockopt(socket.SOL_SOCKET, clone.SO_PASSCRED, 1)
-    process = Process(os.pidfd_open(os.getpid()), os.getpid(), ours, (-1, -1), SLEEPER, 1, bytes(16))
-    with theirs:
-        yield process, theirs
-        process.close()
+    with subprocess.Popen(["sleep", "1000"]) as other:
+        process = Process(os.pidfd_open(other.pid), other.pid, ours, (-1, -1), SLEEPER, 1, bytes(16))
+        with theirs:
+            yield process, theirs
+            process.close()
+        other.kill()
 
 
 EXITED = wire.message(wire.Type.EXITED, bytes(48))
@@ -1154,6 +1185,18 @@ def test_words_to_a_dead_init_are_lost_in_silence(line: tuple[Process, socket.so
     process.ping()
     assert process.receive() == []
     assert process.line_ended
+
+
+def test_a_go_that_is_lost_ends_the_life(launcher: Launcher, canary: Path) -> None:
+    """At once, not when init has lost its patience."""
+    with launched(leaving(canary), launcher, go=False) as life:
+        signal.pidfd_send_signal(life.process.pidfd, signal.SIGSTOP)
+        os.waitid(os.P_PIDFD, life.process.pidfd, os.WSTOPPED)
+        for _ in range(1000):
+            life.process.ping()
+        life.process.go()
+        assert life.end().reason == "init-killed"
+    assert not canary.exists()
 
 
 def test_words_to_a_deaf_init_do_not_block(line: tuple[Process, socket.socket]) -> None:
