@@ -908,14 +908,6 @@ def test_a_worker_without_capabilities_cannot_pry_into_init(same_user: bool, lau
 
 
 @needs_root
-def test_init_stays_hidden_whatever_a_change_of_user_means(launcher: Launcher) -> None:
-    """The worker changes its user in init's memory, and where fs.suid_dumpable is 1 that would open it up again."""
-    with running(SLEEPER._replace(identity=NOBODY), launcher) as (life, host_pid):
-        assert os.stat(f"/proc/{life.process.init_host_pid}/environ").st_uid == 0
-        assert os.stat(f"/proc/{host_pid}/environ").st_uid == NOBODY.uid
-
-
-@needs_root
 def test_nothing_of_ours_is_in_inits_arguments_and_environment(launcher: Launcher) -> None:
     """SEC-08."""
     os.environ["NSSUP_SECRET"] = "do not tell"

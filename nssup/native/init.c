@@ -1187,11 +1187,7 @@ static long set_group(const struct launch *l)
 
 static long set_user(const struct launch *l)
 {
-	if (!l->has_identity)
-		return 0;
-	long r = sys3(__NR_setresuid, l->identity[0], l->identity[0], l->identity[0]);
-	/* The memory is init's as well, and a change of user gives it the dumpability of fs.suid_dumpable. */
-	return r < 0 ? r : hide_memory(l);
+	return l->has_identity ? sys3(__NR_setresuid, l->identity[0], l->identity[0], l->identity[0]) : 0;
 }
 
 /* The worker gets no capability that only init's steps needed. */
