@@ -2,30 +2,20 @@
 
 A worker is kept as the values of its fields in the order of KEPT; fields are only appended, so the record of the
 version before reads as if the new ones had their defaults. Every torn state is a row of a table in the tests.
+Decisions: docs/adr/0004-taking-over.md.
 """
 
-from collections.abc import Iterable
+import math
 from typing import Any, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
 from nssup import wire
-from nssup.events import (
-    Empty,
-    Exit,
-    Exited,
-    Gone,
-    Input,
-    LaunchFailed,
-    Running,
-    SetupFailed,
-    Start,
-    Started,
-    State,
-)
-from nssup.machine import Worker
-from nssup.record import SLOT_OVER, Slot
+from nssup.events import Empty, Exit, Exited, Gone, Input, LaunchFailed, Running, SetupFailed, Start, Started, State
+from nssup.machine import Action, KillTree, Launch, SignalMain, Worker
+from nssup.record import BODY_MAX, SLOT_OVER, SLOT_STOPPING, Slot
+from nssup.spec import OWN_LOG, POOL_NAME, StopStep
 
 KEPT = (
     "state",
@@ -53,29 +43,73 @@ KEPT = (
     "last_exit",
 )
 _KEPT_EXIT = ("reason", "code", "signal", "core", "oom", "timed_out", "cpu_seconds", "max_rss_bytes", "at")
+_LIVING = frozenset({State.STARTING, State.RUNNING, State.STOPPING})
+_AT_REST = frozenset({State.STOPPED, State.FAILED, State.DONE})
+
+# Seconds that an init gets to say what happened while nobody watched, before a deadline that passed meanwhile is held
+# against its worker.
+PATIENCE = 1.0
+UNREADABLE = "lost:unreadable"
+
+
+# --- the worker in a slot ------------------------------------------------------------------------------------------
 
 
 def keep(worker: Worker) -> bytes:
-    """The worker as a slot holds it. Its id is the slot's, and lives that linger have slots of their own."""
+    """The worker as a slot holds it. Its id is the slot's, and lives that linger have slots of their own.
+
+    What would not fit goes without how the life before ended.
+    """
     values: list[Any] = [getattr(worker, name) for name in KEPT]
     for number in (-2, -1):
         found: Exit | None = values[number]
         values[number] = None if found is None else [getattr(found, name) for name in _KEPT_EXIT]
-    return msgspec.msgpack.encode(values)
+    body = msgspec.msgpack.encode(values)
+    return body if len(body) <= BODY_MAX else msgspec.msgpack.encode([*values[:-1], None])
+
+
+def place_of(worker_id: str) -> tuple[str, int] | None:
+    """(pool, index) of an id as we write it; None for anything else."""
+    pool, _, index = worker_id.partition("/")
+    if not POOL_NAME.fullmatch(pool) or pool == OWN_LOG or not index.isdecimal():
+        return None
+    return (pool, int(index)) if str(int(index)) == index else None
 
 
 def restore(worker_id: str, body: bytes) -> Worker | None:
-    """The worker that `keep` wrote, or None when the bytes are not one. Never raises."""
-    pool, _, index = worker_id.partition("/")
+    """The worker that `keep` wrote, or None when the bytes are not one that can be. Never raises."""
+    place = place_of(worker_id)
+    if place is None:
+        return None
     try:
         values = msgspec.msgpack.decode(body, type=list[Any])
-        fields = dict(zip(KEPT, values, strict=False)) | {"pool": pool, "index": int(index)}
+        fields = dict(zip(KEPT, values, strict=False)) | {"pool": place[0], "index": place[1]}
         for name in ("exit", "last_exit"):
             if fields.get(name) is not None:
                 fields[name] = dict(zip(_KEPT_EXIT, fields[name], strict=False))
-        return msgspec.convert(fields, Worker)
+        worker = msgspec.convert(fields, Worker)
     except (msgspec.MsgspecError, TypeError, ValueError):
         return None
+    return worker if _coherent(worker) else None
+
+
+def _coherent(w: Worker) -> bool:
+    """Whether the machine can have made it: another would be an impossible event later on."""
+    times = (w.launched_at, w.running_since, w.uptime, w.deadline)
+    if not all(at is None or math.isfinite(at) for at in times):
+        return False
+    if w.generation < 0 or (w.stop_step or 0) < 0 or w.outcome not in (None, *_AT_REST):
+        return False
+    if w.state in (State.STARTING, State.RUNNING):
+        return w.alive and w.want_up and not w.again and w.uptime is None
+    if w.state is State.STOPPING:
+        return w.alive or w.outcome is not None
+    if w.state is State.BACKOFF:
+        return not w.alive and w.deadline is not None
+    return not w.alive and w.state is not State.WAITING
+
+
+# --- taking over ---------------------------------------------------------------------------------------------------
 
 
 class Fact(NamedTuple):
@@ -88,65 +122,124 @@ class Fact(NamedTuple):
 
 
 class Adopted(NamedTuple):
-    """One worker to go on with, and what to feed it first."""
+    """One worker to go on with, what to feed it first, and what is to be done then."""
 
     worker: Worker
     events: tuple[Input, ...] = ()
+    actions: tuple[Action, ...] = ()
 
 
-def newest(slots: Iterable[Slot]) -> dict[str, Slot]:
-    """worker id -> the slot of its newest life, which holds the worker."""
-    found: dict[str, Slot] = {}
-    for slot in slots:
-        known = found.get(slot.worker)
-        if known is None or slot.generation > known.generation:
-            found[slot.worker] = slot
-    return found
-
-
-def adopt(slot: Slot, fact: Fact, lingering: tuple[int, ...]) -> Adopted | None:
-    """What becomes of the worker whose newest life slot tells of. None when the slot holds no worker.
+def adopt(slot: Slot, fact: Fact, lingering: tuple[int, ...], now: float) -> Adopted:
+    """What becomes of the worker whose newest life slot tells of; its id is one that `place_of` knows.
 
     lingering: generations of older lives that are still there.
     """
     worker = restore(slot.worker, slot.body)
-    if worker is None:
-        return None
-    if slot.step != SLOT_OVER and fact.holds:
-        return Adopted(replace(worker, lingering=lingering))
-    if fact.holds:  # over, its init waits for our word
-        return Adopted(replace(worker, lingering=(*lingering, slot.generation)))
-    if not fact.gone and worker.alive:
-        lost = replace(worker, state=State.LOST, reason=f"lost:{fact.why}", deadline=None, alive=False)
-        return Adopted(replace(lost, lingering=lingering))
+    if worker is None or worker.generation != slot.generation:
+        worker = _unreadable(slot)
     worker = replace(worker, lingering=lingering)
+    if worker.state is State.LOST:
+        if not slot.init_host_pid or not (fact.holds or fact.gone):
+            return Adopted(replace(worker, reason=f"lost:{fact.why or 'unproven'}"))
+        worker = _found(worker, slot)
     if not worker.alive:
-        return Adopted(worker, _rest(worker))
-    if worker.init_host_pid is None:
-        return Adopted(worker, (LaunchFailed(slot.generation, "supervisor-died"),))
-    return Adopted(worker, (Gone(slot.generation, Exit(reason="init-killed")),))
+        return _adopt_over(worker, fact)
+    if fact.holds:
+        if worker.deadline is not None:
+            worker = replace(worker, deadline=max(worker.deadline, now + PATIENCE))
+        return Adopted(worker)
+    if not fact.gone:
+        return Adopted(replace(worker, state=State.LOST, reason=f"lost:{fact.why}", deadline=None, alive=False))
+    if slot.init_host_pid:
+        return Adopted(worker, (Gone(slot.generation, Exit(reason="init-killed")),))
+    # GO comes after the note of init: it never ran.
+    if worker.state is State.STARTING:
+        return Adopted(worker, (), (Launch(slot.generation),))
+    return Adopted(worker, (LaunchFailed(slot.generation, "operator"),))
 
 
-def _rest(worker: Worker) -> tuple[Input, ...]:
-    """Its life was over already; its end may still have to be said."""
-    if worker.state is State.STOPPING:
-        return (Gone(worker.generation),)
-    if worker.state is State.STOPPED and worker.want_up:  # only because its supervisor ended
-        return (Start(),)
-    return ()
+def _adopt_over(worker: Worker, fact: Fact) -> Adopted:
+    """Its life was over; what may be left of it is an init that waits for our word."""
+    if fact.holds:
+        worker = replace(worker, lingering=(*worker.lingering, worker.generation))
+        if worker.state in _AT_REST:  # said too early
+            worker = replace(worker, state=State.STOPPING, outcome=worker.state)
+    # Stopped, and wanted up: only because its supervisor ended.
+    returns = worker.want_up and State.STOPPED in (worker.state, worker.outcome)
+    again: tuple[Input, ...] = (Start(),) if returns else ()
+    if worker.state is State.STOPPING and not fact.holds:
+        return Adopted(worker, (Gone(worker.generation), *again))
+    return Adopted(worker, again)
 
 
-def said(worker: Worker, state: wire.State, ended: Exit | None) -> tuple[Input, ...]:
-    """What init's STATE means for a worker that we have as it was recorded. ended: the exit in it, if there is one."""
+def _unreadable(slot: Slot) -> Worker:
+    """A worker of whom only the slot's own fields are known. init will say how far its life is; a life that is over is
+    not followed by another before somebody says so."""
+    place = place_of(slot.worker)
+    assert place is not None
+    worker = Worker(pool=place[0], index=place[1], generation=slot.generation, reason=UNREADABLE)
+    if slot.step == SLOT_OVER:
+        return replace(worker, state=State.STOPPING, outcome=State.FAILED)
+    return _found(replace(worker, want_up=slot.step != SLOT_STOPPING), slot)
+
+
+def _found(worker: Worker, slot: Slot) -> Worker:
+    """A worker with a life again, of which init will say how far it is. One that was not to be up is stopped on."""
+    worker = replace(
+        worker,
+        state=State.STARTING,
+        alive=True,
+        again=False,
+        init_host_pid=slot.init_host_pid or None,
+        host_pid=None,
+        ns_pid=None,
+        running_since=None,
+        uptime=None,
+        exit=None,
+        deadline=None,
+    )
+    if worker.want_up:
+        return worker
+    return replace(worker, state=State.STOPPING, stop_step=worker.stop_step or 0, deadline=0.0)
+
+
+# --- what its init says ----------------------------------------------------------------------------------------------
+
+
+def said(worker: Worker, state: wire.State, ended: Exit | None, at: float | None = None) -> tuple[Input, ...]:
+    """What init's STATE means for a worker that we have as it was recorded. ended: the exit in it, if there is one, at:
+    when (CLOCK_BOOTTIME)."""
     number = worker.generation
+    if not worker.alive or state.generation != number:
+        return ()
     if state.phase == wire.Phase.FAILED:
         return (SetupFailed(number, wire.failure_reason(state.step, state.errno)), Empty(number))
-    events: tuple[Input, ...] = ()
-    if state.phase == wire.Phase.EXITED and ended is not None:
-        events = (Exited(number, ended),)
-    if state.phase == wire.Phase.EMPTY and ended is not None:
-        events = (Exited(number, ended, empty=True),)
-    return events
+    if state.phase not in (wire.Phase.EXITED, wire.Phase.EMPTY) or ended is None:
+        return ()
+    empty = state.phase == wire.Phase.EMPTY
+    if worker.exit is not None:
+        return (Empty(number),) if empty else ()
+    return (Exited(number, ended, empty, at),)
+
+
+def owed(
+    worker: Worker | None, stop: tuple[StopStep, ...], generation: int, told: wire.State | None
+) -> tuple[Action, ...]:
+    """What was noted about a life, and died with its supervisor before it was done. told None: init does not answer.
+
+    A signal of the stop sequence is not sent twice: init knows the last step that reached it. A life that is over for
+    us and not for its init is ended.
+    """
+    if worker is None or worker.generation != generation or not worker.alive:
+        over = told is None or told.phase in (wire.Phase.EMPTY, wire.Phase.FAILED)
+        return () if over else (KillTree(generation),)
+    if worker.killed:
+        return (KillTree(generation),)
+    step = worker.stop_step
+    if told is None or told.phase != wire.Phase.RUNNING or step is None or step >= len(stop) or told.step > step:
+        return ()
+    signal = stop[step].signal
+    return () if signal is None else (SignalMain(generation, signal),)
 
 
 def known(worker: Worker, host_pid: int, ns_pid: int) -> tuple[Input, ...]:

@@ -242,10 +242,12 @@ class Process:
     """
 
     __slots__ = (
-        "_awaits_state",
         "_epoch",
+        "_hello",
         "_socket",
         "_token",
+        "_unheard",
+        "awaits_state",
         "generation",
         "has_init",
         "init_host_pid",
@@ -279,7 +281,9 @@ class Process:
         self.unknown = 0
         self._epoch = epoch
         self._token = token
-        self._awaits_state = False
+        self._hello: int | None = None  # our pidfd, as long as the line has no room for a word to its init
+        self._unheard: list[wire.Message] = []
+        self.awaits_state = False
 
     @property
     def line(self) -> int:
@@ -293,6 +297,8 @@ class Process:
 
     def _send(self, data: bytes) -> bool:
         """Whether the line took it. A full queue or a dead init is no error: its state counts, and its pidfd."""
+        if self._hello is not None:
+            self.hello(self._hello)
         try:
             self._socket.send(data)
         except OSError:
@@ -320,7 +326,9 @@ class Process:
                 break
             messages, unknown = wire.decode(data, _sender(ancillary))
             self.unknown += unknown
-            found += self._ours(messages) if self._awaits_state else messages
+            found += self._ours(messages) if self.awaits_state else messages
+        if self._hello is not None:
+            self.hello(self._hello)
         return found
 
     def _ours(self, messages: list[wire.Message]) -> list[wire.Message]:
@@ -332,16 +340,23 @@ class Process:
         counted: list[wire.Message] = []
         for number, message in enumerate(messages):
             if isinstance(message, wire.State) and message.epoch == self._epoch:
-                self._awaits_state = False
+                self.awaits_state = False
                 return counted + messages[number:]
             if isinstance(message, wire.Started):
                 counted.append(message)
+            elif not isinstance(message, wire.State):
+                self._unheard.append(message)
         return counted
 
-    def signal(self, signo: int, *, tree: bool = False) -> None:
-        """Send signo to the program, or to every process of the namespace but init (tree)."""
+    def last_words(self) -> list[wire.Message]:
+        """What init had said to a supervisor before us, when it is gone and never answered `hello`."""
+        found, self._unheard = self._unheard if self.awaits_state else [], []
+        return found
+
+    def signal(self, signo: int, *, tree: bool = False, stop_steps: int = 0) -> None:
+        """Send signo to the program, or to every process of the namespace but init (tree). stop_steps: see wire."""
         if self.has_init:
-            self._send(wire.signal(self._epoch, signo, wire.SIGNAL_ALL if tree else wire.SIGNAL_MAIN))
+            self._send(wire.signal(self._epoch, signo, wire.SIGNAL_ALL if tree else wire.SIGNAL_MAIN, stop_steps))
         else:
             self._signal_init(signo)
 
@@ -379,7 +394,7 @@ class Process:
         Takes copies of what init kept. Nothing said before counts: call `hello`, and init says everything anew.
         Raises OSError when the kernel does not let us have them.
         """
-        line = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, _pidfd.getfd(pidfd, wire.Fd.FAR))
+        line = _line_of(pidfd)
         try:
             stdout = _log_of(pidfd, init_host_pid, wire.Fd.STDOUT_LOG)
             try:
@@ -394,7 +409,7 @@ class Process:
             raise
         plan = record.Plan(generation, (), (), (), frozenset(), die=False)
         process = cls(pidfd, init_host_pid, line, (stdout, stderr), plan, epoch, b"")
-        process._awaits_state = True
+        process.awaits_state = True
         return process
 
     @classmethod
@@ -434,10 +449,18 @@ class Process:
             raise
 
     def hello(self, own_pidfd: int) -> None:
-        """Tell init that we are its supervisor now; it answers with its State, and only what follows is listened to."""
+        """Tell init that we are its supervisor now; it answers with its State, and only what follows is listened to.
+
+        What has no room on the line is said as soon as there may be some; own_pidfd stays open for that.
+        """
+        self._hello = None
         rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", [own_pidfd]))
-        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionError):
+        try:
             self._socket.sendmsg([wire.hello(self._epoch, self.policy)], [rights])
+        except BlockingIOError:
+            self._hello = own_pidfd
+        except (BrokenPipeError, ConnectionError):
+            return  # its pidfd will tell
 
     def take_logs(self) -> tuple[int | None, int | None]:
         """The read ends of the log pipes; whoever takes them closes them."""
@@ -472,6 +495,20 @@ def _readable(fd: int, timeout: float | None = 0) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(timeout))
+
+
+def _line_of(pidfd: int) -> _socket.socket:
+    """The far end of the line that init keeps. Raises OSError; ENOTSOCK when what is there is no line of ours."""
+    fd = _pidfd.getfd(pidfd, wire.Fd.FAR)
+    try:
+        line = _socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise
+    if (line.family, line.type) != (_socket.AF_UNIX, _socket.SOCK_SEQPACKET):
+        line.close()
+        raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+    return line
 
 
 def _log_of(pidfd: int, host_pid: int, number: int) -> int:

@@ -4,10 +4,11 @@ Source: fcntl(2), POSIX record locks. Such a lock is free at once when its proce
 still hold copies of the descriptors; any close of the file in the process drops it, so the descriptor is kept for life.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class Directories:
                 if key not in [lock.key for lock in self._locks]:  # two names for one place
                     self._locks.append(_Lock(Path(path), there.pop(key, None)))
             _make(spec.log_dir, 0o750)
-            self.epoch = _next_epoch(Path(spec.state_dir, "epoch"))
+            self.epoch = _next_epoch(Path(spec.state_dir, "epoch"), lives.last_epoch(Path(spec.runtime_dir, "lives")))
         except BaseException:
             self.close()
             raise
@@ -143,14 +144,16 @@ def _taken(directory: Path, holder: str) -> ControlError:
     )
 
 
-def _next_epoch(path: Path) -> int:
-    """One more than the last run's, kept by tmp + fsync + rename. One that is no such number starts again at 1."""
+def _next_epoch(path: Path, known: int) -> int:
+    """One more than the last run's, kept by tmp + fsync + rename. One that is no such number starts again at 1.
+
+    known: the highest that lives know. They listen to no lower one, wherever the file went meanwhile.
+    """
     try:
-        epoch = int(path.read_text()) + 1
+        last = int(path.read_text())
     except (OSError, ValueError):
-        epoch = 1
-    if not 1 <= epoch <= EPOCH_MAX:
-        epoch = 1
+        last = 0
+    epoch = max(last if 0 < last < EPOCH_MAX else 0, known) + 1
     try:
         write_durably(path, f"{epoch}\n".encode())
     except OSError as error:
@@ -188,27 +191,43 @@ class Custody:
     """Notes every change of a worker before it is acted on, and takes over the lives that a dead supervisor noted.
 
     failed: the notes could not be written: lives launched from then on must die with us. strange: notes that were torn
-    or forged, a line each. unproven: notes of older lives that cannot be proven ours or gone, and why.
+    or forged, a line each. unproven: notes of older lives that cannot be proven ours or gone, and why. elsewhere:
+    (worker id, generation, where) of lives noted in another boot or PID namespace.
     """
 
     def __init__(
         self, path: Path, epoch: int, own_pidfd: int, inherited: Iterable[tuple[str, clone.Process]] = ()
     ) -> None:
-        """inherited: lives of the supervisor that this process was before, by worker id. Raises ControlError."""
+        """inherited: lives of the supervisor that this process was before, by worker id.
+
+        Raises ControlError when the notes cannot be had, or are a later version's.
+        """
         self._epoch = epoch
         self._own_pidfd = own_pidfd
         self._inherited = {(worker_id, process.generation): process for worker_id, process in inherited}
         self.unproven: list[Orphan] = []
         self._identities: dict[tuple[str, int], lives.Identity] = {}
+        self._lost: set[tuple[str, int]] = set()
         self._newest: dict[str, int] = {}
         self.failed: OSError | None = None
         try:
             self._lives = lives.Lives(path, epoch)
-            slots, self.strange = self._lives.read()
+            try:
+                found = self._lives.read()
+            except BaseException:
+                self._lives.close()
+                raise
         except OSError as error:
             raise refused(error, "use", path) from None
+        self.strange = found.strange
+        newest = {slot.worker: (slot, where) for slot, where in sorted(found.elsewhere, key=_age)}
+        self.elsewhere = [
+            (worker_id, slot.generation, where)
+            for worker_id, (slot, where) in newest.items()
+            if slot.step != record.SLOT_OVER
+        ]
         self._slots: dict[str, list[record.Slot]] = {}
-        for slot in slots:
+        for slot in found.slots:
             self._slots.setdefault(slot.worker, []).append(slot)
 
     def close(self) -> None:
@@ -225,16 +244,24 @@ class Custody:
 
     def changed(self, worker_id: str, worker: Worker | None) -> None:
         """Note the worker as it is now; None: it is forgotten."""
-        try:
+        with self._noting():
             if worker is None:
                 self._forget_worker(worker_id)
             else:
                 self._note(worker_id, worker)
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             self.failed = error
 
     def _note(self, worker_id: str, worker: Worker) -> None:
         key = worker_id, worker.generation
+        if key in self._lost and worker.state is not State.LOST:
+            self._lost.discard(key)  # an operator has dealt with it: nobody looks for it any more
+            self._identities.pop(key, None)
         before = self._newest.get(worker_id)
         self._newest[worker_id] = worker.generation
         identity = self._identities.get(key, lives.Identity())
@@ -256,49 +283,71 @@ class Custody:
         """A life's init is gone. Its note goes with it, unless it is the worker's own."""
         self._identities.pop((worker_id, generation), None)
         if self._newest.get(worker_id) != generation:
-            try:
+            with self._noting():
                 self._lives.forget(worker_id, generation)
-            except OSError as error:
-                self.failed = error
 
     # --- taking over -----------------------------------------------------------------------------------------------
+
+    def forget_elsewhere(self) -> None:
+        """What is from elsewhere has been told, and need not be again."""
+        with self._noting():
+            self._lives.drop_stale()
 
     def unclaimed(self) -> set[str]:
         """Pools that notes speak of and nobody claimed yet."""
         return {worker_id.partition("/")[0] for worker_id in self._slots}
 
-    def claim(self, pool: str) -> list[Claim]:
-        """The workers of a pool that a supervisor before us had."""
-        claims = []
-        for worker_id in [one for one in self._slots if one.partition("/")[0] == pool]:
-            claim = self._claim(worker_id, self._slots.pop(worker_id))
-            if claim is not None:
-                claims.append(claim)
+    def claim(self, pool: str, now: float) -> list[Claim]:
+        """The workers of a pool that a supervisor before us had.
+
+        Raises ControlError when we have no room for their descriptors: then none of the pool is taken.
+        """
+        there = {worker_id: slots for worker_id, slots in self._slots.items() if worker_id.partition("/")[0] == pool}
+        claims: list[Claim] = []
+        try:
+            for worker_id, slots in there.items():
+                claims += [self._claim(worker_id, slots, now)]
+        except OSError as error:
+            for process in [process for claim in claims for process in claim.processes]:
+                process.close()
+            raise no_room(pool, error) from None
+        for worker_id in there:
+            del self._slots[worker_id]
         return claims
 
-    def _claim(self, worker_id: str, slots: list[record.Slot]) -> Claim | None:
+    def _claim(self, worker_id: str, slots: list[record.Slot], now: float) -> Claim:
         slots.sort(key=lambda slot: slot.generation)
         newest = slots[-1]
-        processes, facts = [], {}
-        for slot in slots:
-            process, facts[slot.generation] = self._take(slot)
-            if process is not None:
-                processes.append(process)
-                self._identities[worker_id, slot.generation] = _identity(slot)
-            elif slot is not newest and facts[slot.generation].gone:
-                self._lives.forget(worker_id, slot.generation)
-            elif slot is not newest:
-                why = f"lost:{facts[slot.generation].why}"
-                self.unproven.append(Orphan(worker_id, slot.generation, slot.init_host_pid or None, None, why))
-        older = tuple(process.generation for process in processes if process.generation != newest.generation)
-        adopted = adopt.adopt(newest, facts[newest.generation], older)
-        if adopted is None:
-            self.strange.append(f"the note of {worker_id} cannot be read: left alone")
+        processes: list[clone.Process] = []
+        fact = adopt.Fact()
+        try:
+            for slot in slots:
+                process, fact = self._take(slot)
+                if process is not None:
+                    processes.append(process)
+                if process is not None or slot is newest:
+                    self._identities[worker_id, slot.generation] = _identity(slot)
+                else:
+                    self._leave(slot, fact)
+        except BaseException:
             for process in processes:
                 process.close()
-            return None
+            raise
+        older = tuple(process.generation for process in processes if process.generation != newest.generation)
+        adopted = adopt.adopt(newest, fact, older, now)
         self._newest[worker_id] = newest.generation
+        if adopted.worker.state is State.LOST:
+            self._lost.add((worker_id, newest.generation))
         return Claim(adopted, tuple(processes))
+
+    def _leave(self, slot: record.Slot, fact: adopt.Fact) -> None:
+        """An older life that is not ours to hold."""
+        if fact.gone:
+            self._lives.forget(slot.worker, slot.generation)
+        else:
+            self.unproven.append(
+                Orphan(slot.worker, slot.generation, slot.init_host_pid or None, None, f"lost:{fact.why}")
+            )
 
     def _take(self, slot: record.Slot) -> tuple[clone.Process | None, adopt.Fact]:
         inherited = self._inherited.pop((slot.worker, slot.generation), None)
@@ -312,7 +361,21 @@ class Custody:
         except OSError as error:
             gone = lives.ended(pidfd)
             os.close(pidfd)
+            lives.raise_for_room(error)
             return None, adopt.Fact(gone=gone, why=errno_name(error.errno or errno.EIO))
+
+
+def no_room(pool: str, error: OSError) -> ControlError:
+    """The workers of a pool cannot be taken over for want of descriptors or memory of ours."""
+    return ControlError(
+        "no-room",
+        f"cannot take over the workers of {pool}: {error.strerror}",
+        hint="they go on: raise the limit on open files, and start again",
+    )
+
+
+def _age(found: tuple[record.Slot, str]) -> int:
+    return found[0].generation
 
 
 def _identity(slot: record.Slot) -> lives.Identity:
@@ -321,6 +384,8 @@ def _identity(slot: record.Slot) -> lives.Identity:
 
 def _step(worker: Worker, identity: lives.Identity) -> int:
     """How far its newest life is, in the words of the notes."""
+    if worker.state is State.LOST:
+        return record.SLOT_RELEASED
     if not worker.alive:
         return record.SLOT_OVER
     if not identity.init_host_pid:

@@ -110,10 +110,11 @@ class SetupFailed(LifeInput, frozen=True):
 
 
 class Exited(LifeInput, frozen=True):
-    """The main program ended. empty: the namespace is empty as well (no Empty follows)."""
+    """The main program ended. empty: the namespace is empty as well (no Empty follows). at: when, None: just now."""
 
     exit: Exit
     empty: bool = False
+    at: float | None = None
 
 
 class Empty(LifeInput, frozen=True):

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nssup import _pidfd, record
-from nssup.adopt import Fact
+from nssup.adopt import Fact, place_of
+from nssup.errors import ControlError, errno_name
 
 _PAIR = 2 * record.SLOT_SIZE
 _GROW = 64 * _PAIR
@@ -68,8 +69,21 @@ def start_time(host_pid: int) -> int:
     return int(data[data.rindex(b")") + 2 :].split()[19])
 
 
+def last_epoch(path: Path) -> int:
+    """The highest epoch that a file of slots knows; 0 when there is none. Never raises for what is there."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return 0
+    halves = (data[at : at + record.SLOT_SIZE] for at in range(0, len(data), record.SLOT_SIZE))
+    return max((slot.epoch for slot in map(record.decode_slot, halves) if slot is not None), default=0)
+
+
 def find(slot: record.Slot, own_pidfd: int) -> tuple[int | None, Fact]:
-    """(a pidfd of the slot's init, what is so). The pidfd is the caller's; None when it is gone or cannot be proven."""
+    """(a pidfd of the slot's init, what is so). The pidfd is the caller's; None when it is gone or cannot be proven.
+
+    Raises OSError when we have no room for descriptors: that says nothing about the life.
+    """
     if not slot.init_host_pid:
         return None, Fact(gone=True)
     if slot.handle:
@@ -78,22 +92,27 @@ def find(slot: record.Slot, own_pidfd: int) -> tuple[int | None, Fact]:
         except OSError as error:
             if error.errno in (errno.ESTALE, errno.ESRCH):
                 return None, Fact(gone=True)
+            raise_for_room(error)
     try:
         pidfd = os.pidfd_open(slot.init_host_pid)
-    except ProcessLookupError:
-        return None, Fact(gone=True)
     except OSError as error:
-        return None, Fact(why=errno.errorcode.get(error.errno or 0, "unknown"))
-    if slot.pidfd_inode:
-        ours: bool | None = _inode(pidfd) == slot.pidfd_inode
-    elif slot.init_start_time:
-        ours = start_time(slot.init_host_pid) == slot.init_start_time
-    else:
-        ours = None
-    if ours:
+        raise_for_room(error)
+        # EINVAL, ENOENT: a thread of somebody has the number.
+        gone = error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT)
+        return None, Fact(gone=gone, why=errno_name(error.errno or errno.EIO))
+    there, noted = _inode(pidfd), slot.pidfd_inode
+    if not noted or not there:  # zero: this kernel, or the one /proc that we see, does not say
+        there, noted = start_time(slot.init_host_pid), slot.init_start_time
+    if there and there == noted:
         return _alive(pidfd)
     os.close(pidfd)
-    return None, Fact(gone=True) if ours is False else Fact(why="unproven")
+    return None, Fact(gone=True) if there and noted else Fact(why="unproven")
+
+
+def raise_for_room(error: OSError) -> None:
+    """Raises the error again if it is about us and not about a life."""
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise error
 
 
 def _alive(pidfd: int) -> tuple[int | None, Fact]:
@@ -113,64 +132,100 @@ def ended(pidfd: int) -> bool:
     return bool(poll.poll(0))
 
 
+class Found(NamedTuple):
+    """What there is in a file of slots. strange: a line for each that was set aside, torn or forged. elsewhere: those
+    of another boot or PID namespace, and which: their numbers mean nothing here."""
+
+    slots: list[record.Slot]
+    elsewhere: list[tuple[record.Slot, str]]
+    strange: list[str]
+
+
 class Lives:
-    """The file of slots, ours while the directory's lock is. Raises OSError."""
+    """The file of slots, ours while the directory's lock is. epoch: what is noted as its writer's. Raises OSError."""
 
     def __init__(self, path: Path, epoch: int) -> None:
         self._path = path
-        self._epoch = epoch
+        self.epoch = epoch
         self._boot_id = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
         self._pidns = os.stat("/proc/self/ns/pid").st_ino
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self._pairs: dict[tuple[str, int], tuple[int, int]] = {}  # life -> its pair, and the half written last
         self._free: list[int] = []
+        self._stale: list[int] = []
         self._size = os.fstat(self._fd).st_size // _PAIR
         self._sequence = 0
 
     def close(self) -> None:
         os.close(self._fd)
 
-    def read(self) -> tuple[list[record.Slot], list[str]]:
-        """(the lives noted in this boot and PID namespace, the better of each pair; a line for what was set aside).
-
-        Slots of another boot or PID namespace are forgotten: their numbers mean nothing here.
-        """
-        found, strange = [], []
+    def read(self) -> Found:
+        """What is noted, the better half of each pair. Raises ControlError for notes of a later version."""
+        found = Found([], [], [])
         for pair in range(self._size):
             data = os.pread(self._fd, _PAIR, pair * _PAIR)
-            halves = [record.decode_slot(data[: record.SLOT_SIZE]), record.decode_slot(data[record.SLOT_SIZE :])]
-            slots = [slot for slot in halves if slot is not None]
-            if not slots:
+            slot, half = self._better(data)
+            if slot is None or place_of(slot.worker) is None or (slot.worker, slot.generation) in self._pairs:
                 if any(data):
-                    strange.append(self._set_aside(pair, data))
+                    found.strange.append(self._set_aside(pair, data))
                 self._free.append(pair)
                 continue
-            slot = max(slots, key=lambda one: one.sequence)
             self._sequence = max(self._sequence, slot.sequence)
-            half = int(slot is halves[1])
-            if slot.boot_id != self._boot_id or slot.pidns_inode != self._pidns:
-                self._free.append(pair)
+            elsewhere = self._elsewhere(slot)
+            if elsewhere:
+                self._stale.append(pair)
+                found.elsewhere.append((slot, elsewhere))
                 continue
             self._pairs[slot.worker, slot.generation] = pair, half
-            found.append(slot)
-        return found, strange
+            found.slots.append(slot)
+        return found
+
+    def _elsewhere(self, slot: record.Slot) -> str:
+        """Why the numbers in a slot mean nothing here; empty when they do."""
+        if slot.boot_id != self._boot_id:
+            return "reboot"
+        return "" if slot.pidns_inode == self._pidns else "pid-namespace"
+
+    def _better(self, pair: bytes) -> tuple[record.Slot | None, int]:
+        """(the slot of a pair that counts, which half it is)."""
+        halves = pair[: record.SLOT_SIZE], pair[record.SLOT_SIZE :]
+        one, other = map(record.decode_slot, halves)
+        for half, slot in zip(halves, (one, other), strict=True):
+            if slot is None and record.is_later_slot(half):
+                raise ControlError(
+                    "version",
+                    f"{self._path} was written by a later version of nssup, whose workers this one cannot take over",
+                    hint="install that version again; this one can start when its workers are stopped",
+                )
+        if other is None or (one is not None and one.sequence > other.sequence):
+            return one, 0
+        return other, 1
 
     def _set_aside(self, pair: int, data: bytes) -> str:
-        aside = self._path.with_name(f"lives.bad-{self._epoch}-{pair}")
+        aside = self._path.with_name(f"lives.bad-{self.epoch}-{pair}")
         aside.write_bytes(data)
+        os.pwrite(self._fd, bytes(_PAIR), pair * _PAIR)
         return f"slot {pair} of {self._path} is torn or forged: set aside as {aside.name}"
+
+    def drop_stale(self) -> None:
+        """What `read` found to be from elsewhere has been told, and is forgotten."""
+        while self._stale:
+            pair = self._stale.pop()
+            os.pwrite(self._fd, bytes(_PAIR), pair * _PAIR)
+            self._free.append(pair)
 
     def write(
         self, worker_id: str, generation: int, step: int, identity: Identity, body: bytes, spec_hash: bytes = bytes(8)
     ) -> None:
         """Note a life, before what is noted is done. Raises OSError when it cannot be; nothing is lost then."""
-        pair, half = self._pairs.get((worker_id, generation)) or (self._take(), 1)
+        known = self._pairs.get((worker_id, generation))
+        pair, half = known or (self._take(), 1)
         self._sequence += 1
         slot = record.Slot(
             step,
             self._sequence,
             self._boot_id,
-            self._epoch,
+            self.epoch,
             generation,
             worker_id,
             self._pidns,
@@ -182,14 +237,20 @@ class Lives:
             body,
         )
         half = 1 - half
+        try:
+            os.pwrite(self._fd, record.encode_slot(slot), pair * _PAIR + half * record.SLOT_SIZE)
+        except OSError:
+            if known is None:
+                self._free.append(pair)
+            raise
         self._pairs[worker_id, generation] = pair, half
-        os.pwrite(self._fd, record.encode_slot(slot), pair * _PAIR + half * record.SLOT_SIZE)
 
     def forget(self, worker_id: str, generation: int) -> None:
-        """The life needs no note any more."""
-        known = self._pairs.pop((worker_id, generation), None)
+        """The life needs no note any more. Raises OSError, and then the note is still there."""
+        known = self._pairs.get((worker_id, generation))
         if known is not None:
             os.pwrite(self._fd, bytes(_PAIR), known[0] * _PAIR)
+            del self._pairs[worker_id, generation]
             self._free.append(known[0])
 
     def _take(self) -> int:

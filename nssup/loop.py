@@ -19,7 +19,7 @@ import msgspec
 from msgspec.structs import replace
 
 from nssup import __version__, adopt, clone, config, machine, plan, procfs, reexec, wire
-from nssup.custody import Claim, Custody, Directories, Orphan, refused
+from nssup.custody import Claim, Custody, Directories, Orphan, no_room, refused
 from nssup.desired import Desired
 from nssup.errors import ControlError, LaunchError, errno_name
 from nssup.events import (
@@ -52,7 +52,7 @@ from nssup.workers import Actions, WorkerSet
 LAUNCHES_PER_TURN = 8
 # uvloop may fire a timer up to 1 ms early; an alarm that came too early would be armed again and again until then.
 _ALARM_SLACK = 0.001
-_AT_REST = frozenset({State.STOPPED, State.FAILED, State.DONE})
+_AT_REST = frozenset({State.STOPPED, State.FAILED, State.DONE, State.LOST})
 
 
 def now() -> float:
@@ -255,7 +255,7 @@ class Supervisor:
     def _settle(self, custody: Custody) -> None:
         """The end is as it should be. What the next supervisor is to find: all, or nothing but what was lost."""
         if not self.leaving:
-            custody.forget_all({w.id for w in self.workers.workers.values() if w.state is State.LOST})
+            custody.forget_all({orphan.worker for orphan in self.orphans()})
         if self._passing_on:
             self.legacy = reexec.Inheritance(
                 host_pid=self.host_pid,
@@ -308,11 +308,11 @@ class Supervisor:
     async def stop_all(self) -> None:
         """Stop every worker by its stop sequence, pools in reverse order, and wait until each is proven gone.
 
-        For good: nobody can start anything from now on.
+        For good: nobody can start anything from now on. Who is lost stays so.
         """
         self._ending = True
         for pool in reversed(list(self.workers.pools)):
-            for worker in [w for w in self.workers.workers.values() if w.pool == pool]:
+            for worker in [w for w in self.workers.workers.values() if w.pool == pool and w.state is not State.LOST]:
                 self._stop(worker)
         await self._wait_rest()
 
@@ -390,8 +390,30 @@ class Supervisor:
         self.logs.settle(spec.name)
         self._do(self.workers.add_pool(desired, now(), [claim.adopted.worker for claim in claims]))
         for claim in claims:
-            for event in claim.adopted.events:
-                self.feed(claim.adopted.worker.id, event)
+            self._go_on(claim)
+        if claims:
+            self._loop.call_later(adopt.PATIENCE, self._without_answer, spec.name)
+
+    def _go_on(self, claim: Claim) -> None:
+        """What is left to do about a worker that was taken over, but for what its init will tell."""
+        worker = claim.adopted.worker
+        if self._custody and (worker.id, worker.generation) not in self._lives and worker.state is not State.LOST:
+            self._custody.reaped(worker.id, worker.generation)
+        for event in claim.adopted.events:
+            if worker.id in self.workers.workers:
+                self.feed(worker.id, event)
+        self._do([(worker.id, action) for action in claim.adopted.actions])
+
+    def _without_answer(self, pool: str) -> None:
+        """Inits that were taken over and have not said how they are: what was begun is done all the same."""
+        for life in [life for life in self._lives.values() if life.pool == pool and life.process.awaits_state]:
+            self._owe(life, None)
+
+    def _owe(self, life: _Life, told: wire.State | None) -> None:
+        worker, pool = self.workers.workers.get(life.worker_id), self.workers.pools.get(life.pool)
+        stop = pool.stop if pool else ()
+        for action in adopt.owed(worker, stop, life.process.generation, told):
+            self._act_on_life(life.worker_id, action)
 
     def add_pools(self, specs: Iterable[PoolSpec]) -> None:
         """Add all pools there are to be. Workers of other pools, left by a dead supervisor, are stopped.
@@ -401,19 +423,33 @@ class Supervisor:
         specs = list(specs)
         for spec in specs:
             self._prepare(spec)
+        unwanted = sorted(self._custody.unclaimed()) if self._custody else []
+        for pool in unwanted:
+            self._claim(pool)
         for spec in specs:
             self.add_pool(spec)
+        for pool in unwanted:
+            self._add_unwanted(pool)
         if self._custody and self._desired:
-            for pool in sorted(self._custody.unclaimed()):
-                self._add_unwanted(self._custody, pool)
             self._orphans += self._custody.unproven
-            for what in self._custody.strange:
-                self.workers.note("slot_set_aside", now(), reason=what)
+            self._tell_strange(self._custody)
             self._tidy(self._desired)
 
-    def _add_unwanted(self, custody: Custody, pool: str) -> None:
+    def _tell_strange(self, custody: Custody) -> None:
+        for what in custody.strange:
+            self.workers.note("slot_set_aside", now(), reason=what)
+        for worker_id, generation, where in custody.elsewhere:
+            self.workers.note("lost", now(), worker=worker_id, generation=generation, reason=f"lost:{where}")
+        custody.forget_elsewhere()
+
+    def _claim(self, pool: str) -> None:
+        """Hold what there is of a pool. Raises ControlError."""
+        if self._custody and pool not in self._claims:
+            self._claims[pool] = self._custody.claim(pool, now())
+
+    def _add_unwanted(self, pool: str) -> None:
         """What is left of a pool that is no more is stopped, as far as it is ours."""
-        claims = custody.claim(pool)
+        claims = self._claims[pool]
         lost = [claim.adopted.worker for claim in claims if claim.adopted.worker.state is State.LOST]
         for worker in lost:
             self._orphans.append(Orphan.of(worker))
@@ -448,11 +484,13 @@ class Supervisor:
             return  # done; or the workers refuse it, and those of that name go on as they are
         account = plan.Account(*config.account(validate(spec), self._host))
         prepared = plan.prepare(spec, account, self._environ, self._privileged)
-        if self._custody and spec.name not in self._claims:
-            self._claims[spec.name] = self._custody.claim(spec.name)
+        self._claim(spec.name)
         staged = self._custody is not None and spec.init and spec.on_supervisor_death == "keep"
         processes = [process for claim in self._claims.get(spec.name, ()) for process in claim.processes]
-        found = [fd for fd in (process.staging() for process in processes) if fd is not None]
+        try:
+            found = [fd for fd in (process.staging() for process in processes) if fd is not None]
+        except OSError as error:
+            raise no_room(spec.name, error) from None
         try:
             self.logs.open_pool(spec.name, staged=staged, found=found)
         except OSError as error:
@@ -469,6 +507,7 @@ class Supervisor:
     def _adopt(self, worker: machine.Worker, process: clone.Process) -> None:
         life = _Life(worker.id, worker.pool, process)
         life.adopted = True
+        life.exited = worker.generation == process.generation and worker.exit is not None
         self._lives[worker.id, process.generation] = life
         kept = process.staging()
         life.staging = None if kept is None else self.logs.placed(life.pool, kept)
@@ -601,7 +640,9 @@ class Supervisor:
         if isinstance(action, machine.KillTree):
             life.process.kill()
         else:
-            life.process.signal(action.signo, tree=isinstance(action, machine.SignalTree))
+            begun = self.workers.workers[worker_id].stop_step
+            tree = isinstance(action, machine.SignalTree)
+            life.process.signal(action.signo, tree=tree, stop_steps=0 if tree or begun is None else begun + 1)
 
     def _launch_all(self) -> None:
         """Whatever waits for its turn: it is promised in the notes, and nobody else would do it."""
@@ -663,16 +704,18 @@ class Supervisor:
 
     def _on_line(self, life: _Life) -> None:
         process = life.process
-        messages = process.receive()
+        self._hear(life, process.receive())
+        if process.line_ended:
+            self._line_ended(life)
+
+    def _hear(self, life: _Life, messages: list[wire.Message]) -> None:
         for number, message in enumerate(messages):
-            if message.generation != process.generation:
+            if message.generation != life.process.generation:
                 continue
             if isinstance(message, wire.Notify | wire.State):
                 life.notified = message.notified
             empty = number + 1 < len(messages) and isinstance(messages[number + 1], wire.Empty)
             self._take(life, message, empty)
-        if process.line_ended:
-            self._line_ended(life)
 
     def _take(self, life: _Life, message: wire.Message, empty: bool) -> None:
         generation = life.process.generation
@@ -696,17 +739,18 @@ class Supervisor:
             self.feed(life.worker_id, SetupFailed(generation, wire.failure_reason(message.step, message.errno)))
 
     def _told_state(self, life: _Life, state: wire.State) -> None:
-        """What the init of an adopted life says of it."""
-        if not life.adopted or life.over or life.exited:
+        """What the init of an adopted life says of it, and what that life is owed."""
+        if not life.adopted or life.over:
             return
         worker = self.workers.workers.get(life.worker_id)
-        if worker is not None and worker.generation == state.generation and worker.alive:
-            ended = clone.exit_of_message(state.exit) if state.exit.code else None
-            for event in adopt.said(worker, state, ended):
-                self.feed(life.worker_id, event)
-        life.exited = state.phase >= wire.Phase.EXITED
+        at = min(state.exit.boottime_ns / 1e9, now())
+        ended = replace(clone.exit_of_message(state.exit), at=self.wall(at)) if state.exit.code else None
+        for event in adopt.said(worker, state, ended, at) if worker is not None else ():
+            self.feed(life.worker_id, event)
+        life.exited = life.exited or state.phase in (wire.Phase.EXITED, wire.Phase.EMPTY)
         if state.phase in (wire.Phase.EMPTY, wire.Phase.FAILED):
             self._over(life)
+        self._owe(life, state)
 
     def _started(self, life: _Life, message: wire.Started) -> None:
         """Its output is read from here on and not before, so that every record has both PIDs."""
@@ -763,6 +807,7 @@ class Supervisor:
         if seen is None:
             return
         self._on_line(life)
+        self._hear(life, life.process.last_words())
         if not life.over:
             life.over = True
             self._drain(life)
@@ -800,16 +845,24 @@ class Supervisor:
 
     def _on_alarm(self) -> None:
         self._alarm = self._alarm_at = None
+        self._watch.poll_all()  # who was in time is not held to a deadline because we are late
         self._do(self.workers.due(now()))
 
     # --- keeping -----------------------------------------------------------------------------------------------------
 
     def _changed(self, worker_id: str, worker: machine.Worker | None) -> None:
         """The notes come before the deed: whoever comes after us must know what we were about to do."""
-        if self._custody:
-            if worker is not None and worker_id in self._returning:
-                worker = replace(worker, want_up=True)
-            self._custody.changed(worker_id, worker)
+        if self._custody is None:
+            return
+        if worker is not None and worker_id in self._returning:
+            worker = replace(worker, want_up=True, again=worker.alive)
+        well = self._custody.failed is None
+        self._custody.changed(worker_id, worker)
+        if well and self._custody.failed is not None:
+            self._loop.call_soon(self._tell_failed, self._custody.failed)
+
+    def _tell_failed(self, error: OSError) -> None:
+        self.workers.note("notes_failed", now(), reason=errno_name(error.errno or errno.EIO))
 
     # --- publishing --------------------------------------------------------------------------------------------------
 

@@ -293,7 +293,8 @@ def _down(w: Worker, event: Input, here: Here) -> Step:
 def _exited(w: Worker, event: Exited, here: Here) -> Step:
     """The main program is gone; init kills the rest of the tree by itself, so no stop step is needed any more."""
     if w.exit is None:
-        ran = None if w.running_since is None else here.now - w.running_since
+        ended = here.now if event.at is None else min(event.at, here.now)
+        ran = None if w.running_since is None else max(ended - w.running_since, 0.0)
         w = replace(w, exit=_marked(w, event.exit), uptime=ran)
     w = replace(w, running_since=None, host_pid=None, ns_pid=None, deadline=None)
     if event.empty:
@@ -481,8 +482,9 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.DONE, Restart): _to(_start, _S.STARTING),
     (_S.DONE, Remove): _to(_down, _S.STOPPED),
     # Only an operator may say that what could not be proven ours is dealt with.
-    (_S.LOST, Stop): _to(_down, _S.STOPPED),
-    (_S.LOST, Remove): _to(_down, _S.STOPPED),
+    (_S.LOST, Stop): _to(_down, _S.STOPPED, _S.STOPPING),
+    (_S.LOST, Remove): _to(_down, _S.STOPPED, _S.STOPPING),
+    (_S.LOST, Gone): _to(_gone, _S.LOST),
 }
 
 # A state that no edge touches yet: dependencies will.
@@ -505,7 +507,7 @@ IGNORED: frozenset[tuple[State, type[Input]]] = (
     | _ignored(State.BACKOFF, Kill, *_PROGRESS)
     | _ignored(State.FAILED, Kill, Tick, Gone, *_PROGRESS)
     | _ignored(State.DONE, Kill, Tick, Gone, *_PROGRESS)
-    | _ignored(State.LOST, Start, Restart, Kill, Tick, Gone, *_PROGRESS)
+    | _ignored(State.LOST, Start, Restart, Kill, Tick, *_PROGRESS)
 )
 
 

@@ -231,9 +231,18 @@ def encode_slot(slot: Slot) -> bytes:
     return body + _CRC.pack(zlib.crc32(body))
 
 
+def _is_whole(data: bytes) -> bool:
+    return len(data) == SLOT_SIZE and _CRC.unpack_from(data, SLOT_SIZE - _CRC.size)[0] == zlib.crc32(data[: -_CRC.size])
+
+
+def is_later_slot(data: bytes) -> bool:
+    """Whether this is a slot that only a later version can read. Never raises."""
+    return _is_whole(data) and _SLOT.unpack_from(data)[0] == SLOT_MAGIC and _SLOT.unpack_from(data)[1] > SLOT_VERSION
+
+
 def decode_slot(data: bytes) -> Slot | None:
     """The slot, or None when it is free, torn, of another version, or not ours. Never raises."""
-    if len(data) != SLOT_SIZE or _CRC.unpack_from(data, SLOT_SIZE - _CRC.size)[0] != zlib.crc32(data[: -_CRC.size]):
+    if not _is_whole(data):
         return None
     magic, version, step, sequence, boot_id, epoch, generation, *rest = _SLOT.unpack_from(data)
     if magic != SLOT_MAGIC or not SLOT_VERSION - 1 <= version <= SLOT_VERSION or step == SLOT_FREE:

@@ -23,7 +23,7 @@ class Watch:
         self._loop = loop
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
-        loop.add_reader(self._epoll.fileno(), self._ready)
+        loop.add_reader(self._epoll.fileno(), self.poll)
 
     def add(self, fd: int, callback: Callable[[], None]) -> None:
         self._epoll.register(fd, select.EPOLLIN)
@@ -35,7 +35,13 @@ class Watch:
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def _ready(self) -> None:
+    def poll_all(self) -> None:
+        """Call back for everything that is readable now."""
+        for _ in range(len(self._callbacks) // _BATCH + 1):
+            self.poll()
+
+    def poll(self) -> None:
+        """Call back for what is readable now, up to a bound."""
         for fd, _ in self._epoll.poll(0, _BATCH):
             callback = self._callbacks.get(fd)
             if callback is not None:

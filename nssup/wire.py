@@ -147,9 +147,10 @@ def go(epoch: int, policy: Policy, token: bytes) -> bytes:
     return message(Type.GO, _GO.pack(epoch, policy, token))
 
 
-def signal(epoch: int, signo: int, target: int) -> bytes:
-    """target: SIGNAL_MAIN, SIGNAL_ALL, or a namespace PID."""
-    return message(Type.SIGNAL, _SIGNAL.pack(epoch, signo, target, 0))
+def signal(epoch: int, signo: int, target: int, stop_steps: int = 0) -> bytes:
+    """target: SIGNAL_MAIN, SIGNAL_ALL, or a namespace PID. stop_steps: steps of the stop sequence begun with this one,
+    0 when it is no part of it."""
+    return message(Type.SIGNAL, _SIGNAL.pack(epoch, signo, target, stop_steps))
 
 
 def policy_change(epoch: int, policy: Policy) -> bytes:
@@ -247,7 +248,8 @@ class Notify(NamedTuple):
 
 
 class State(NamedTuple):
-    """init's whole state. unknown: messages it did not understand so far."""
+    """init's whole state. step: of the failure, with errno; while the program runs, how many steps of the stop sequence
+    have reached it. unknown: messages it did not understand so far."""
 
     generation: int
     epoch: int

@@ -20,6 +20,7 @@ Published, one Event per change of state, plus facts (`from` and `to` are None):
 | `log_failed` | fact: a pool's log file took no more, and output was dropped (`note`d by whoever writes it) |
 | `adopted` `lost` | facts: a worker of a supervisor that is no more is ours now; it cannot be proven ours |
 | `slot_set_aside` | fact: a note of a life was torn or forged |
+| `notes_failed` | fact: lives can no more be noted; who is launched from now on ends with the supervisor |
 | `reload_refused` | fact: SIGHUP came, and this version cannot apply a changed config |
 | `left_running` | fact: the supervisor ends, and so many workers go on without it |
 | `reexec_failed` | fact: the supervisor could not become the code that is installed now, and went on as it was |
@@ -65,6 +66,7 @@ EVENTS = frozenset(EVENT_OF.values()) | {
     "adopted",
     "lost",
     "slot_set_aside",
+    "notes_failed",
     "left_running",
     "reexec_failed",
     "desired_set_aside",
@@ -334,11 +336,13 @@ class WorkerSet:
         now: float,
         *,
         pool: str | None = None,
+        worker: str | None = None,
+        generation: int | None = None,
         reason: str | None = None,
         detail: dict[str, Any] | None = None,
     ) -> None:
         """Publish a fact that is no change of a worker's state, in the one sequence of numbers."""
-        self._say(now, event, pool=pool, reason=reason, detail=detail)
+        self._say(now, event, pool=pool, worker=worker, generation=generation, reason=reason, detail=detail)
 
     def _tell(
         self, worker_id: str, old: Worker, new: Worker, event: Input, actions: Iterable[Action], now: float
@@ -378,11 +382,12 @@ class WorkerSet:
         from_: str | None = None,
         to: str | None = None,
         reason: str | None = None,
+        generation: int | None = None,
         exit: Exit | None = None,  # noqa: A002 - the field's name
         detail: dict[str, Any] | None = None,
     ) -> None:
         self.seq += 1
-        generation = host_pid = ns_pid = None
+        host_pid = ns_pid = None
         if about is not None:
             # The change that ends a program still tells whose end it was.
             generation, host_pid, ns_pid = about.generation, about.last_host_pid, about.last_ns_pid

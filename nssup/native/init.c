@@ -68,6 +68,7 @@ static struct {
 	int supervisor_watched; /* FD_SUPERVISOR is polled: always before GO, later only under POLICY_DIE */
 	int released;	     /* GO came */
 	int far_open;	     /* FD_FAR is still ours */
+	int asked;	     /* STATE is owed: there was no room for it on the line */
 	uint32_t told;	     /* the last phase that the line took: what is later waits for room */
 	int step, error;     /* of the worker's vfork child */
 	/* Only where the record asked for it; 0: not there. */
@@ -147,13 +148,15 @@ static int send_datagram(const struct datagram *d)
 			     MSG_DONTWAIT_FLAG | MSG_NOSIGNAL_FLAG, 0, 0));
 }
 
-/* What nobody asked for is not said: it would be zeroes. */
+/* What nobody asked for is not said: it would be zeroes. A new supervisor listens to nothing else until it has heard
+ * this: without room on the line it is said later. */
 static int send_state(void)
 {
 	struct datagram d = {0};
 	put(&d, WIRE_STATE, &self.state,
 	    self.launch.notify.wishes ? sizeof self.state : __builtin_offsetof(struct wire_state, notified));
-	return send_datagram(&d);
+	self.asked = !send_datagram(&d);
+	return !self.asked;
 }
 
 /* STARTED with the credentials of ns_pid, which the kernel checks and translates: so the supervisor learns the program's
@@ -204,7 +207,7 @@ static void put_failed(struct datagram *d)
 
 static int untold(void)
 {
-	return self.state.phase >= PHASE_RUNNING && self.state.phase != self.told;
+	return self.asked || (self.state.phase >= PHASE_RUNNING && self.state.phase != self.told);
 }
 
 /* Whether the supervisor may die with our last word unread and another one come to ask for it: then we stay until an ACK.
@@ -222,6 +225,10 @@ static void tell(void)
 	struct datagram d = {0};
 	uint32_t phase = self.state.phase;
 
+	if (self.asked && send_state())
+		self.news = 0;
+	if (self.asked || phase < PHASE_RUNNING || phase == self.told)
+		return;
 	if (phase == PHASE_RUNNING) {
 		if (send_started(self.state.ns_pid))
 			self.told = phase;
@@ -430,6 +437,13 @@ static void signal_inside(int target, int signo)
 	else if (target > 1)
 		sys2(__NR_kill, target, signo);
 	/* SIGNAL_MAIN without a main program: it ended, or never was; the message crossed ours on the line. */
+}
+
+static void take_signal(const struct wire_signal *m)
+{
+	signal_inside(m->target, m->signo);
+	if (m->stop_steps && self.state.phase == PHASE_RUNNING)
+		self.state.step = m->stop_steps;
 }
 
 /* A received descriptor takes its place among ours: closed as such, when it is not there already. */
@@ -746,6 +760,7 @@ static void reap(void)
 		if (info.si_pid == self.state.ns_pid && self.state.phase == PHASE_RUNNING) {
 			note_exit(&info, &usage);
 			self.state.phase = PHASE_EXITED;
+			self.state.step = 0;
 			kill_rest();
 		}
 	}
@@ -781,10 +796,10 @@ static void hello(const struct wire_hello *m, int *fd)
 		quit(1); /* who cloned us is gone without a GO, and nobody else may give it */
 	place(fd, FD_SUPERVISOR);
 	set_policy(m->policy, fd);
-	if (send_state())
-		self.news = 0;
+	self.asked = 1;
 	if (self.state.phase == PHASE_RUNNING)
-		send_started(self.state.ns_pid);
+		self.told = PHASE_WAITING;
+	tell();
 }
 
 static void go(const struct wire_go *m)
@@ -853,7 +868,7 @@ static void act(int type, uint8_t *payload, size_t length, int *fd)
 	if (type == WIRE_GO)
 		go(&m.go);
 	else if (type == WIRE_SIGNAL)
-		signal_inside(m.signal.target, m.signal.signo);
+		take_signal(&m.signal);
 	else if (type == WIRE_POLICY)
 		set_policy(m.policy.policy, fd);
 	else if (type == WIRE_ACK)

@@ -92,7 +92,7 @@ struct wire_signal {
 	uint32_t epoch;
 	int32_t signo;
 	int32_t target;
-	uint32_t reserved;
+	uint32_t stop_steps; /* of the stop sequence, how many have begun with this one; 0: it is no part of one */
 };
 
 struct wire_policy_change {
@@ -185,7 +185,7 @@ struct wire_state {
 	uint32_t phase;
 	uint32_t policy;
 	int32_t ns_pid; /* of the main program; 0 before it was made */
-	uint32_t step;  /* of the failure, with error */
+	uint32_t step;  /* of the failure, with error; while the program runs: the last stop_steps that reached us */
 	int32_t error;
 	uint32_t unknown; /* messages not understood or out of place, so far */
 	struct wire_exit exit;
