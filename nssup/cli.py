@@ -36,7 +36,10 @@ VERBS = {
     "scale": "have another number of workers",
     "wait": "wait until workers are as wanted",
     "shutdown": "stop everything and end the supervisor",
+    "reexec": "have the supervisor become the code that is installed now; workers go on",
+    "orphans": "what an earlier supervisor left that cannot be proven to be its own",
 }
+REEXEC_PATIENCE = 60.0  # seconds for an answer: the new code is tried out before
 SELECTORS = "web (a pool), web/3 (a worker), globs as 'web/*', host:5151 (by host PID)"
 EXIT_CODES = """exit codes: 0 ok, 1 failed, 2 usage, 3 status: something selected is not running, 4 no such pool or
 worker, 69 no supervisor at the socket, 77 not permitted, 78 bad config, 124 timed out; run: the command's own, 128+n
@@ -104,6 +107,7 @@ def _parser() -> "ArgumentParser":
     up = command("up", _up)
     up.add_argument("-c", "--config", metavar="FILE", help="default: ./nssup.toml, the user's, /etc/nssup/nssup.toml")
     up.add_argument("--for", dest="for_seconds", type=_seconds, metavar="SECONDS", help="end by itself after so long")
+    up.add_argument("--rehearse", action="store_true", help=_suppress())  # asked by `ctl reexec`
     check = command("check", _check)
     check.add_argument("file", nargs="?", metavar="FILE", help="default: as for up")
     command("version", lambda arguments: _version())
@@ -133,9 +137,9 @@ def _add_verb(sub: "ArgumentParser", verb: str) -> None:
     _add_selectors(sub, verb)
     if verb in ("start", "stop", "restart", "scale", "kill"):
         sub.add_argument("--all", action="store_true", help="all there are")
-    if verb in ("start", "stop", "restart", "scale", "shutdown"):
+    if verb in ("start", "stop", "restart", "scale", "shutdown", "reexec"):
         sub.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait for the result")
-    if verb in ("start", "stop", "restart", "scale", "shutdown", "wait"):
+    if verb in ("start", "stop", "restart", "scale", "shutdown", "reexec", "wait"):
         sub.add_argument("--timeout", type=_seconds, metavar="S", help="wait at most so long (exit 124)")
     for names, options in _OWN.get(verb, []):
         sub.add_argument(*names, **options)
@@ -153,6 +157,12 @@ _OWN: "dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]]" = {
         (("--tree",), {"action": "store_true", "help": "to every process of the worker"}),
     ],
     "wait": [(("--for",), {"dest": "goal", "choices": fast.GOALS, "help": "default: ready"})],
+    "shutdown": [
+        (
+            ("--leave-running",),
+            {"action": "store_true", "help": "stop only workers that end with the supervisor; the others go on"},
+        )
+    ],
     "events": [
         (("-f", "--follow"), {"action": "store_true", "help": "go on with what happens"}),
         (("-n",), {"dest": "n", "metavar": "N", "help": "the last N (1000; with -f 10)"}),
@@ -173,7 +183,7 @@ def _add_selectors(sub: "ArgumentParser", verb: str) -> None:
         sub.add_argument("n", metavar="N", help="N, +N or -N")
     elif verb == "pid":
         sub.add_argument("selectors", nargs="+", metavar="SEL", help=SELECTORS)
-    elif verb not in ("ping", "shutdown"):
+    elif verb not in ("ping", "shutdown", "reexec", "orphans"):
         sub.add_argument("selectors", nargs="*", metavar="SEL", help=SELECTORS)
 
 
@@ -218,6 +228,9 @@ def _up(arguments: "Namespace") -> int:
 
     try:
         found = facts.load(facts.find(arguments.config))
+        if arguments.rehearse:
+            _say([up.rehearsal(found)], 1)
+            return OK
         _say(config.warning_lines(found), 2)
         return up.serve(found, arguments.for_seconds)
     except SpecError as e:
@@ -346,7 +359,60 @@ def _ctl(arguments: "Namespace") -> int:
         setattr(o, name, value)
     if arguments.verb in ("logs", "events"):
         return _stream(arguments.verb, o, getattr(arguments, "follow", False), getattr(arguments, "raw", False))
+    if arguments.verb == "reexec":
+        return _reexec(o)
     return client.perform(arguments.verb, o)
+
+
+def _reexec(o: Options) -> int:
+    """Asks for it, and waits for whoever answers next."""
+    import msgspec
+
+    path = o.socket or client.default_socket()
+    sock, answer = client.ask(path, client.request("POST", "/v1/reexec", "{}"), REEXEC_PATIENCE)
+    try:
+        body = answer.body()
+        told = msgspec.json.decode(body)
+        if answer.status >= 400:
+            error = told["error"]
+            text = f"nssup: {error['message']}" + (f" ({error['hint']})" if error["hint"] else "") + "\n"
+            client.write(1 if o.json else 2, body if o.json else text.encode())
+            return answer.exit_code()
+        before = told["supervisor"]
+        if o.wait:
+            client.wait_hung_up(sock)
+    finally:
+        sock.close()
+    health = _next_supervisor(path, before["epoch"], o.timeout or client.PATIENCE) if o.wait else {}
+    after = health.get("supervisor", {"version": told["version"]})
+    if o.json:
+        client.write(1, msgspec.json.encode({"from": before, "to": after}) + b"\n")
+    elif not o.quiet:
+        client.write(1, f"{_named(before)} -> {_named(after)}\n".encode())
+    if "reexec_failed" in health:
+        client.complain(f"still the code of before: {health['reexec_failed']}")
+        return FAILED
+    return OK
+
+
+def _named(supervisor: "dict[str, Any]") -> str:
+    epoch = f" (epoch {supervisor['epoch']}, host PID {supervisor['host_pid']})" if "epoch" in supervisor else ""
+    return f"nssup {supervisor['version']}{epoch}"
+
+
+def _next_supervisor(path: str, epoch: int, patience: float) -> "dict[str, Any]":
+    """What the supervisor after that of epoch says of itself. ClientError when there is none."""
+    import msgspec
+
+    while True:
+        # Its socket has been listening all the time: whoever connects is answered, or the process is gone.
+        sock, answer = client.ask(path, client.request("GET", "/healthz"), patience)
+        try:
+            health: dict[str, Any] = msgspec.json.decode(answer.body())
+        finally:
+            sock.close()
+        if answer.status >= 400 or health["supervisor"]["epoch"] != epoch:
+            return health
 
 
 def _stream(verb: str, o: Options, follow: bool, raw: bool) -> int:

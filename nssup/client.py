@@ -45,6 +45,7 @@ class Options:
     goal = "ready"
     ns = False
     n: "str | None" = None
+    leave_running = False
 
     def __init__(self) -> None:
         self.selectors: list[str] = []
@@ -153,6 +154,8 @@ def _command(verb: str, o: Options) -> str:
         fields.append(f'"signal": {json_string(o.signal)}, "tree": {_true(o.tree)}')
     if verb == "scale":
         fields.append(f'"n": {json_string(o.n or "")}')
+    if o.leave_running:
+        fields.append('"leave_running": true')
     return "{" + ", ".join(fields) + "}"
 
 
@@ -167,6 +170,8 @@ def request_for(verb: str, o: Options) -> bytes:
         return request("GET", _status(o), None, accept)
     if verb == "ping":
         return request("GET", "/healthz", None, accept)
+    if verb == "orphans":
+        return request("GET", "/v1/orphans", None, accept)
     if verb == "pid":
         return request("GET", _pid(o), None, accept)
     if verb == "which":
@@ -326,6 +331,15 @@ def _perform(verb: str, o: Options) -> int:
         sock.close()
 
 
+def wait_hung_up(sock: "_socket.socket") -> None:
+    """Until the other side closed the connection."""
+    try:
+        while sock.recv(4096):
+            pass
+    except OSError:
+        pass
+
+
 def _patience(verb: str, o: Options) -> "float | None":
     waits = verb == "wait" or (o.wait and verb in ("start", "stop", "restart", "scale", "shutdown"))
     if not waits:
@@ -342,11 +356,7 @@ def _wait_end(sock: "_socket.socket") -> None:
         pidfd = os.pidfd_open(host_pid) if host_pid > 0 else -1
     except OSError:
         pidfd = -1
-    try:
-        while sock.recv(4096):
-            pass
-    except OSError:
-        pass
+    wait_hung_up(sock)
     if pidfd >= 0:
         process = select.poll()
         process.register(pidfd, select.POLLIN)

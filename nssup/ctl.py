@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from nssup import http, operation, render, units
+from nssup import http, lives, operation, procfs, render, units
+from nssup.custody import Orphan
 from nssup.errors import ControlError, ExitCode
 from nssup.events import Event, Input, Kill, Restart, Start, State, Stop
 from nssup.listener import Listener
@@ -54,10 +55,27 @@ class Supervisor(Source, Protocol):
     @property
     def logs(self) -> Logs: ...
     def feed(self, worker_id: str, event: Input) -> None: ...
-    def scale(self, pool: str, n: int) -> None: ...
+    def scale_pools(self, wanted: Mapping[str, int]) -> None: ...
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]: ...
     def host_pid_owner(self, host_pid: int) -> str | None: ...
+    def orphans(self) -> Sequence[Orphan]: ...
+    def set_aside(self) -> Sequence[str]: ...
+    def outlives_us(self, worker_id: str) -> bool: ...
+    def leave_running(self) -> None: ...
     def shutdown(self) -> None: ...
+
+
+class Upgrade(Protocol):
+    """A host of the supervisor that can exec the code installed now in its place. failed: why the last time it could
+    not."""
+
+    failed: str | None
+
+    async def rehearse(self) -> str:
+        """The version of that code, which could take over. Raises ControlError."""
+
+    def begin(self) -> None:
+        """Once the answer is out, do it. Raises ControlError."""
 
 
 class Reply(NamedTuple):
@@ -138,10 +156,11 @@ class ScaleCommand(Command, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """wait: until every worker is down."""
+    """wait: until every worker is down that has to be. leave_running: who can live without the supervisor goes on."""
 
     wait: bool = False
     timeout: Seconds | None = None
+    leave_running: bool = False
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -149,6 +168,28 @@ class Accepted(msgspec.Struct, frozen=True):
 
     seq: int
     results: list[render.Result]
+
+
+class Left(Accepted, frozen=True):
+    """left: the workers that go on. stopped: those that cannot, and are up again with the next supervisor."""
+
+    left: list[str]
+    stopped: list[str]
+
+
+class Orphans(msgspec.Struct, frozen=True):
+    """orphans: lives that may be ours and cannot be proven so; they are never signalled. set_aside: a line for each
+    note or file that could not be read."""
+
+    orphans: list[dict[str, Any]]
+    set_aside: list[str]
+
+
+class Become(msgspec.Struct, frozen=True):
+    """supervisor: the one that answers, and ends. version: of the code that takes its place."""
+
+    supervisor: render.SupervisorDocument
+    version: str
 
 
 class Call(NamedTuple):
@@ -189,6 +230,10 @@ def _failure(e: ControlError, text: bool) -> Reply:
 
 def _usage(message: str, hint: str = "") -> ControlError:
     return ControlError("usage", message, hint=hint, exit_code=ExitCode.USAGE)
+
+
+def _forbidden(message: str, hint: str) -> ControlError:
+    return ControlError("not-permitted", message, hint=hint, http_status=403, exit_code=ExitCode.NOT_PERMITTED)
 
 
 def _bad(message: str) -> ControlError:
@@ -258,9 +303,11 @@ def _about(chosen: Selected, there: Mapping[str, Sequence[str]], everything: boo
 class Control:
     """The application that http.Server serves."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervisor, upgrade: Upgrade | None = None) -> None:
         self._supervisor = supervisor
+        self._upgrade = upgrade
         self._owner_uid = os.geteuid()
+        self._pid_namespace = procfs.pid_namespace("self")
         self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._followers: set[Followed] = set()
         self._log_follows: set[Follow] = set()
@@ -294,14 +341,7 @@ class Control:
             return _failure(e, text)
 
     def _dispatch(self, request: http.Request, text: bool) -> Answer:
-        if request.peer.uid not in (0, self._owner_uid):
-            raise ControlError(
-                "not-permitted",
-                f"user {request.peer.uid} may not steer this supervisor",
-                hint=f"be root or user {self._owner_uid}",
-                http_status=403,
-                exit_code=ExitCode.NOT_PERMITTED,
-            )
+        self._admit(request.peer)
         method = "GET" if request.method == "HEAD" else request.method
         there = [(route, found) for route in ROUTES if (found := _arguments(route, request.path)) is not None]
         for route, arguments in there:
@@ -316,6 +356,25 @@ class Control:
         )
         allowed = ", ".join(sorted({route.method for route, _ in there}))
         return reply._replace(headers=[*reply.headers, ("Allow", allowed)])
+
+    def _admit(self, peer: http.Peer) -> None:
+        if peer.uid not in (0, self._owner_uid):
+            raise _forbidden(f"user {peer.uid} may not steer this supervisor", f"be root or user {self._owner_uid}")
+        if peer.host_pid and self._may_be_inside(peer):
+            raise _forbidden(
+                "processes inside a worker's namespaces may not steer their supervisor",
+                "ask from outside; and stay until it has answered",
+            )
+
+    def _may_be_inside(self, peer: http.Peer) -> bool:
+        """Whether the peer is a process of our workers'. Who has ended by now may have been one."""
+        if peer.ended:
+            return True
+        ours = procfs.pid_namespace(peer.host_pid) == self._pid_namespace
+        inside = not ours and self._supervisor.host_pid_owner(peer.host_pid) is not None
+        # Only now, so that all of this was about the process that connected, and not about one with its number.
+        gone = lives.ended(peer.pidfd) if peer.pidfd >= 0 else procfs.stat(peer.host_pid) is None
+        return inside or gone
 
     # Seeing.
 
@@ -381,7 +440,19 @@ class Control:
         source = Snapshot(self._supervisor, stats=False).supervisor()
         if call.text:
             return _text(f"pong: nssup {source['version']}, host PID {source['host_pid']}\n")
-        return _json({"status": "ok", "supervisor": source})
+        failed = {"reexec_failed": self._upgrade.failed} if self._upgrade and self._upgrade.failed else {}
+        return _json({"status": "ok", "supervisor": source, **failed})
+
+    def orphans(self, call: Call) -> Answer:
+        found = Orphans([orphan._asdict() for orphan in self._supervisor.orphans()], [*self._supervisor.set_aside()])
+        if not call.text:
+            return _json(found)
+        lines = [
+            f"{o.worker} generation {o.generation}: init's host PID {o.init_host_pid or '-'}, "
+            f"its program's {o.host_pid or '-'}: {o.reason}"
+            for o in self._supervisor.orphans()
+        ]
+        return _text("".join([f"{line}\n" for line in [*lines, *found.set_aside]]))
 
     def openapi(self, call: Call) -> Answer:
         from nssup.openapi import document  # built when it is asked for
@@ -462,6 +533,15 @@ class Control:
         text: bool,
         then: Callable[[], None] | None = None,
     ) -> Reply:
+        found, code = await self._settle(work, timeout, then)
+        if text:
+            out, err = render.results(verb, found)
+            return _text(out, err, code=code)
+        return _json(Accepted(self._supervisor.workers.seq, found), code=code)
+
+    async def _settle(
+        self, work: Iterable[tuple[str, Input | None, Judge]], timeout: float | None, then: Callable[[], None] | None
+    ) -> tuple[list[render.Result], ExitCode]:
         under_way = Operation(self._supervisor, work)
         self._operations.add(under_way)
         if self._closed:
@@ -475,10 +555,7 @@ class Control:
         code = ExitCode.OK
         if not all(r["ok"] for r in found):
             code = ExitCode.TIMED_OUT if any(r["timed_out"] for r in found) else ExitCode.FAILED
-        if text:
-            out, err = render.results(verb, found)
-            return _text(out, err, code=code)
-        return _json(Accepted(self._supervisor.workers.seq, found), code=code)
+        return found, code
 
     def start(self, call: Call) -> Answer:
         command: Command = call.command
@@ -524,8 +601,7 @@ class Control:
         there = members(self._supervisor.workers)
         pools = select_pools(command.select, there) if command.select else tuple(there)
         wanted = {name: _number(command.n, self._supervisor.workers.pools[name].workers, name) for name in pools}
-        for name, n in wanted.items():
-            self._supervisor.scale(name, n)
+        self._supervisor.scale_pools(wanted)
         judge = operation.aim(command.wait, operation.scaled, UP)
         work = [(each, None, judge) for name in pools for each in self._changed(name, there[name])]
         return self._run("scale", work, command.timeout, call.text)
@@ -545,9 +621,34 @@ class Control:
 
     def shutdown(self, call: Call) -> Answer:
         command: Shutdown = call.command
+        if command.leave_running:
+            return self._leave_running(command, call.text)
         judge = operation.down_for_good if command.wait else operation.at_once
         work = [(each, None, judge) for each in self._select([]).workers]
         return self._run("shutdown", work, command.timeout, call.text, self._supervisor.shutdown)
+
+    async def _leave_running(self, command: Shutdown, text: bool) -> Reply:
+        there = self._supervisor.workers.workers
+        alive = [w.id for w in there.values() if w.alive]
+        left = [worker_id for worker_id in alive if self._supervisor.outlives_us(worker_id)]
+        bound = [worker_id for worker_id in alive if worker_id not in left]
+        judge = operation.down_for_good if command.wait else operation.at_once
+        work = [(each, None, judge if each in bound else operation.at_once) for each in alive]
+        found, code = await self._settle(work, command.timeout, self._supervisor.leave_running)
+        if not text:
+            return _json(Left(self._supervisor.workers.seq, found, left, bound), code=code)
+        for result in found:
+            if result["id"] in left:
+                result["state"] = "left running"
+        out, err = render.results("shutdown", found)
+        return _text(out, err, code=code)
+
+    async def reexec(self, call: Call) -> Reply:
+        if self._upgrade is None:
+            raise ControlError("not-possible", "this supervisor is part of another program", http_status=409)
+        version = await self._upgrade.rehearse()
+        self._upgrade.begin()
+        return _json(Become(Snapshot(self._supervisor, stats=False).supervisor(), version))
 
     def logs(self, call: Call) -> Answer:
         query: LogsQuery = call.query
@@ -625,6 +726,8 @@ ROUTES = (
           Control.events, "events", EventsQuery, answer="stream"),
     Route("GET", "/v1/logs", "see", "what workers write, a record a line",
           Control.logs, "logs", LogsQuery, answer="stream"),
+    Route("GET", "/v1/orphans", "see", "what may be ours and cannot be proven so, and what was set aside",
+          Control.orphans, "orphans", answer=Orphans),
     Route("GET", "/v1/openapi.json", "see", "this document", Control.openapi),
     Route("GET", "/healthz", "see", "whether the supervisor answers", Control.healthz, "ping"),
     Route("POST", "/v1/start", "operate", "start workers",
@@ -639,8 +742,10 @@ ROUTES = (
           Control.scale, "scale", body=ScaleCommand, answer=Accepted),
     Route("POST", "/v1/wait", "see", "wait until workers are as wanted",
           Control.wait, "wait", body=Command, answer=Accepted),
-    Route("POST", "/v1/shutdown", "admin", "stop everything and end the supervisor",
+    Route("POST", "/v1/shutdown", "admin", "stop everything, or only what cannot go on, and end the supervisor",
           Control.shutdown, "shutdown", body=Shutdown, answer=Accepted),
+    Route("POST", "/v1/reexec", "admin", "become the code that is installed now, without ending a worker",
+          Control.reexec, "reexec", body=Nothing, answer=Become),
 )
 # fmt: on
 
@@ -681,11 +786,17 @@ class ControlServer(http.Server):
     """The control socket of a supervisor: `async with ControlServer(supervisor, path): ...`
 
     path: of the socket, or a Listener made earlier. lock_held: the caller holds the lock of the supervisor's
-    directories, so a stale socket file may be replaced.
+    directories, so a stale socket file may be replaced. upgrade: who can do `reexec`; None: nobody.
     Raises ControlError on entering when the socket is not to be had.
     """
 
     def __init__(
-        self, supervisor: Supervisor, path: str | Listener, *, lock_held: bool = True, limits: http.Limits | None = None
+        self,
+        supervisor: Supervisor,
+        path: str | Listener,
+        *,
+        lock_held: bool = True,
+        limits: http.Limits | None = None,
+        upgrade: Upgrade | None = None,
     ) -> None:
-        super().__init__(path, Control(supervisor), lock_held=lock_held, limits=limits)
+        super().__init__(path, Control(supervisor, upgrade), lock_held=lock_held, limits=limits)

@@ -82,8 +82,8 @@ class Desired:
     def _replace(self, pools: dict[str, dict[str, Any]]) -> None:
         if pools == self._pools:
             return
-        document = msgspec.json.format(msgspec.json.encode({"version": VERSION, "pools": pools}, order="sorted"))
-        write_durably(self.path, document + b"\n")
+        document = msgspec.json.encode({"version": VERSION, "pools": dict(sorted(pools.items()))})
+        write_durably(self.path, msgspec.json.format(document) + b"\n")
         self._pools = pools
 
 

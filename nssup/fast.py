@@ -28,8 +28,9 @@ VERBS = {
         {"--socket": "socket", "-s": "signal", "--signal": "signal"},
     ),
     "wait": (_SWITCHES, {"--socket": "socket", "--timeout": "timeout", "--for": "goal"}),
+    "orphans": (_SWITCHES, {"--socket": "socket"}),
     "shutdown": (
-        {"--no-wait": ("wait", False), **_SWITCHES},
+        {"--no-wait": ("wait", False), "--leave-running": ("leave_running", True), **_SWITCHES},
         {"--socket": "socket", "--timeout": "timeout"},
     ),
 }
@@ -81,7 +82,7 @@ def _complete(verb: str, o: Options) -> bool:
             return False
         o.n = o.selectors.pop()
         return o.n.lstrip("+-").isdigit()
-    if verb in ("ping", "shutdown"):
+    if verb in ("ping", "shutdown", "orphans"):
         return not o.selectors
     if verb == "pid":
         return bool(o.selectors)

@@ -7,6 +7,8 @@ operation it waits for goes on: it does not live here). A connection costs a tim
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
 import struct
 import sys
@@ -19,14 +21,21 @@ import msgspec
 from nssup.listener import Listener, listen
 
 _UCRED = struct.Struct("3i")
+_SO_PEERPIDFD = 77  # Linux 6.5, include/uapi/asm-generic/socket.h
 
 
 class Peer(NamedTuple):
-    """Who connected, as the kernel saw it then (SO_PEERCRED), in the supervisor's own namespaces."""
+    """Who connected, as the kernel saw it then (SO_PEERCRED), in the supervisor's own namespaces.
+
+    host_pid: 0 for a process that cannot be seen from here. pidfd: the connection's own; -1 where the kernel has none,
+    or the process had ended before it was asked for (then `ended`).
+    """
 
     host_pid: int
     uid: int
     gid: int
+    pidfd: int = -1
+    ended: bool = False
 
 
 class Request(NamedTuple):
@@ -85,8 +94,12 @@ def failure(status: int, code: str, message: str, hint: str = "") -> _Plain:
 
 
 def peer_of(sock: socket.socket) -> Peer:
-    """sock: a connected one (uvloop hands out a stand-in that has what is needed)."""
-    return Peer(*_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+    """sock: a connected one (uvloop hands out a stand-in that has what is needed). The pidfd is the caller's."""
+    host_pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    try:
+        return Peer(host_pid, uid, gid, sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD))
+    except OSError as e:
+        return Peer(host_pid, uid, gid, ended=e.errno != errno.ENOPROTOOPT)
 
 
 class Connection(asyncio.Protocol):
@@ -146,6 +159,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._gone = True
+        if self._peer.pidfd >= 0:
+            os.close(self._peer.pidfd)
         self._stop_timer()
         self._server.forget(self)
         if self._task is not None:

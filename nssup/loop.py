@@ -60,6 +60,11 @@ def now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def monotonic_usec() -> int:
+    """CLOCK_MONOTONIC in microseconds, which sd_notify(3) asks for; nothing else does."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+
+
 class _Life:
     """One life of a worker as the shell holds it. Flags keep what init says once from being believed twice."""
 
@@ -474,8 +479,15 @@ class Supervisor:
         return lost + self._orphans
 
     def set_aside(self) -> list[str]:
-        """A line for each note or file of ours that could not be read at our start."""
-        return [*(self._custody.strange if self._custody else ()), *(self._desired.strange if self._desired else ())]
+        """A line for each note or file of ours that could not be read, at our start or earlier."""
+        if self.spec is None or self._custody is None or self._desired is None:
+            return []
+        lines = [*self._custody.strange, *self._desired.strange]
+        for directory in dict.fromkeys((self.spec.runtime_dir, self.spec.state_dir)):
+            for path in sorted(Path(directory).glob("*.bad-*")):
+                if not any(path.name in line for line in lines):
+                    lines.append(f"{path}: set aside by an earlier supervisor")
+        return lines
 
     def _prepare(self, spec: PoolSpec) -> None:
         """What can be refused about a pool, before anything of it is done. Again: changes nothing."""

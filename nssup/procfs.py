@@ -30,7 +30,7 @@ def stat(host_pid: int) -> Stat | None:
     return Stat(int(fields[1]), ticks / _TICKS, int(fields[21]) * _PAGE)
 
 
-def namespace_ids(host_pid: int, names: tuple[str, ...]) -> dict[str, int]:
+def namespace_ids(host_pid: int | str, names: tuple[str, ...]) -> dict[str, int]:
     """The inode numbers that identify the namespaces; those that cannot be read are left out."""
     found = {}
     for name in names:
@@ -39,6 +39,11 @@ def namespace_ids(host_pid: int, names: tuple[str, ...]) -> dict[str, int]:
         except OSError:
             continue
     return found
+
+
+def pid_namespace(host_pid: int | str) -> int | None:
+    """What identifies the PID namespace that the process lives in; None also where we may not ask. `self`: ours."""
+    return namespace_ids(host_pid, ("pid",)).get("pid")
 
 
 def ancestor_among(host_pid: int, wanted: dict[int, str]) -> str | None:

@@ -54,15 +54,15 @@ class Inheritance(msgspec.Struct, frozen=True, kw_only=True):
         return [self.listener, *self.locks, *(fd for life in self.lives for fd in life.descriptors())]
 
 
-def command() -> tuple[list[str], list[str]]:
-    """(how this interpreter was started up to the program, the program's arguments).
+def command() -> tuple[list[str], list[str]] | None:
+    """(how this interpreter was started, up to the program; the program's arguments), as they were given.
 
-    Raises ValueError when the program is inside another one, and cannot be started again.
+    None when that cannot be told: inside another program, say.
     """
     arguments = sys.argv[1:]
     start = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
     if not sys.executable or sys.orig_argv[len(start) :] != arguments or not start:
-        raise ValueError("it is not known how this program was started")
+        return None
     return [sys.executable, *start[1:]], arguments
 
 

@@ -19,8 +19,10 @@ from nssup.spec import PoolSpec
 from nssup.workers import Actions, WorkerSet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    from nssup.custody import Orphan
 
 WALL = 1_800_000_000.0  # of boot
 
@@ -43,6 +45,9 @@ class Supervisor:
         self.fed: list[tuple[str, Input]] = []
         self.signals: list[tuple[str, int, bool]] = []
         self.stats_read = 0
+        self.lost: list[Orphan] = []
+        self.strange: list[str] = []
+        self.left = False
         self._subscribers: list[Callable[[Event], None]] = []
         self._loop = asyncio.get_running_loop()
         self._next_host_pid = 5000
@@ -72,8 +77,22 @@ class Supervisor:
         self.fed.append((worker_id, event))
         self._feed(worker_id, event)
 
-    def scale(self, pool: str, n: int) -> None:
-        self._do(self.workers.scale(pool, n, self.time))
+    def scale_pools(self, wanted: Mapping[str, int]) -> None:
+        for pool, n in wanted.items():
+            self._do(self.workers.scale(pool, n, self.time))
+
+    def orphans(self) -> list[Orphan]:
+        return self.lost
+
+    def set_aside(self) -> list[str]:
+        return self.strange
+
+    def outlives_us(self, worker_id: str) -> bool:
+        return self.workers.pools[worker_id.partition("/")[0]].on_supervisor_death == "keep"
+
+    def leave_running(self) -> None:
+        self.left = True
+        self.shutdown()
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         self._subscribers.append(callback)

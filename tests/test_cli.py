@@ -446,7 +446,7 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
 def test_the_api_and_the_command_line_have_the_same_verbs() -> None:
     of_api = {route.verb for route in ctl.ROUTES if route.verb}
     assert of_api | {"pid"} == set(command_line.VERBS)
-    assert set(fast.VERBS) | {"logs", "events"} == set(command_line.VERBS)
+    assert set(fast.VERBS) | {"logs", "events", "reexec"} == set(command_line.VERBS)
 
 
 def test_the_exit_codes_are_those_of_the_package() -> None:

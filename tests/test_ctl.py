@@ -533,7 +533,7 @@ async def test_past_events_and_a_resume(site: Site) -> None:
     assert await (await site.stream("/v1/events?follow=0&n=0")).rest() == []
     stream = await site.stream("/v1/events?since=7:1")
     assert [(await stream.next())["seq"] for _ in range(2)] == [2, 3]
-    site.sup.scale("web", 2)
+    site.sup.scale_pools({"web": 2})
     assert (await stream.next())["event"] == "scaled"
     for gone in ("6:1", "7:99"):
         answer = await site.get(f"/v1/events?since={gone}")
@@ -544,7 +544,7 @@ async def test_past_events_and_a_resume(site: Site) -> None:
 async def test_events_too_old_are_gone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.sup.add("web", enabled=False)
     for n in range(2, 2 * ctl.EVENTS_KEPT):
-        site.sup.scale("web", n % 2)
+        site.sup.scale_pools({"web": n % 2})
     assert (await site.get("/v1/events?since=7:1")).status == 410
 
 

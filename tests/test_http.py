@@ -186,7 +186,7 @@ async def test_answers_and_keeps_the_connection(site: Site) -> None:
         assert (status, headers[b"content-type"], body) == (200, b"text/plain", b"hello\n")
     request = site.app.requests[0]
     assert (request.method, request.path, request.query) == ("GET", "/x", "a=1")
-    assert request.peer == (os.getpid(), os.getuid(), os.getgid())
+    assert request.peer[:3] == (os.getpid(), os.getuid(), os.getgid())
 
 
 async def test_pipelined_requests_are_answered_in_order(site: Site) -> None:
