@@ -1382,10 +1382,8 @@ static void own_signals(void)
 		sys4(__NR_rt_sigaction, signo, &standard, NULL, sizeof all);
 	int fd = (int)sys4(__NR_signalfd4, -1, &all, sizeof all, O_CLOEXEC | O_NONBLOCK);
 	self.signals = fd;
-	if (fd >= 0 && fd < FD_INIT_EXE) { /* where something that we were not given would be looked for */
-		self.signals = (int)sys3(__NR_fcntl, fd, F_DUPFD_CLOEXEC, FD_COUNT);
-		close_fd(fd);
-	}
+	if (fd < FD_INIT_EXE) /* where something that we were not given would be looked for */
+		self.signals = (int)out_of_the_way(fd);
 }
 
 static void wait_go(void)
