@@ -29,6 +29,10 @@ class ClientError(Exception):
         self.exit_code = exit_code
 
 
+class Unanswered(ClientError):
+    """The other side hung up without a word."""
+
+
 class Options:
     """What was asked on the command line, with the defaults of all verbs."""
 
@@ -189,6 +193,7 @@ class Answer:
         self._sock = sock
         self._path = path
         self._buffer = b""
+        self.status = 0  # of none yet
         while b"\r\n\r\n" not in self._buffer:
             self._buffer += self._more()
         head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
@@ -207,7 +212,8 @@ class Answer:
         except OSError as e:
             raise ClientError(UNAVAILABLE, f"the supervisor at {self._path} went away: {e.strerror}") from None
         if not data:
-            raise ClientError(UNAVAILABLE, f"the supervisor at {self._path} went away before it had answered")
+            kind = ClientError if self._buffer or self.status else Unanswered
+            raise kind(UNAVAILABLE, f"the supervisor at {self._path} went away before it had answered")
         return data
 
     def exit_code(self) -> int:
@@ -241,7 +247,19 @@ class Answer:
 
 
 def ask(path: str, data: bytes, timeout: "float | None") -> "tuple[_socket.socket, Answer]":
-    """timeout: seconds without a byte; None for ever. The caller closes the socket."""
+    """timeout: seconds without a byte; None for ever. The caller closes the socket.
+
+    A supervisor that execs (`reexec`) hangs up on who has not asked yet: a question that changes nothing is put again.
+    """
+    try:
+        return _ask(path, data, timeout)
+    except Unanswered:
+        if not data.startswith(b"GET "):
+            raise
+    return _ask(path, data, timeout)
+
+
+def _ask(path: str, data: bytes, timeout: "float | None") -> "tuple[_socket.socket, Answer]":
     sock = connect(path)
     try:
         sock.settimeout(timeout)
