@@ -200,10 +200,13 @@ class Staging:
         layout, words = self.layout, self._words
         committed = words[handover.COMMITTED]
         self.streams: dict[int, _Stream] = {}
+        self._numbers: dict[tuple[int, int, int], int] = {}  # (worker, generation, stream) -> its number
         for number in range(layout.streams):
             sequences = words[self._at(number, 0) // 8], words[self._at(number, 1) // 8]
             if (which := handover.current(sequences, committed)) is not None:
-                self.streams[number] = _Stream(self.pool, self._state(number, which), which)
+                state = self._state(number, which)
+                self.streams[number] = _Stream(self.pool, state, which)
+                self._numbers[state[:3]] = number
         self._free = [number for number in reversed(range(layout.streams)) if number not in self.streams]
         position = os.lseek(self.fd, 0, os.SEEK_CUR)
         filling = layout.half_of(position)
@@ -278,7 +281,12 @@ class Staging:
         state = State(worker, generation, stream, host_pid, ns_pid)
         self._store(number, 0, state, self._words[handover.COMMITTED])
         self.streams[number] = _Stream(self.pool, state, 0)
+        self._numbers[state[:3]] = number
         return number
+
+    def find(self, worker: int, generation: int, stream: int) -> int | None:
+        """The number of a stream that has a place already."""
+        return self._numbers.get((worker, generation, stream))
 
     def identify(self, number: int, host_pid: int, ns_pid: int) -> None:
         """Says a stream's PIDs, before anything of it is taken: records that are made again must say the same.
@@ -300,7 +308,7 @@ class Staging:
             raise ValueError(f"stream {number} has not ended")
         for which in (1 - stream.which, stream.which):  # the older version first: it does not know of the end
             self._words[self._at(number, which) // 8] = handover.NEVER
-        del self.streams[number]
+        del self.streams[number], self._numbers[stream.state[:3]]
         self._free.append(number)
 
     # --- from the pipes ------------------------------------------------------------------------------------------
