@@ -60,6 +60,11 @@ def errno_name(number: int) -> str:
     return _errno.errorcode.get(number, str(number))
 
 
+def no_thread(file: str) -> OSError:
+    """For what needs a thread, where Python only says that it could not start one."""
+    return OSError(_errno.EAGAIN, "a limit on processes was reached", file)
+
+
 class LaunchError(NssupError):
     """This machine refused one step of a launch. step: a name of wire.Step; errno: its number."""
 

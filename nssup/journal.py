@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import msgspec
 
 from nssup import render
+from nssup.errors import no_thread
 from nssup.events import Event
 from nssup.logs import LogHub
 from nssup.snapshot import event_document
@@ -42,15 +43,19 @@ class Journal:
     """
 
     def __init__(self, hub: LogHub, stderr: Mode = "none", *, stderr_fd: int = 2) -> None:
-        """Raises OSError where the log cannot be opened. stderr_fd: what is written to as stderr; not taken over."""
+        """stderr_fd: what is written to as stderr; not taken over.
+
+        Raises OSError where the log cannot be opened, or no thread be had for stderr.
+        """
         self._hub = hub
         self._loop = asyncio.get_running_loop()
         self._events: list[Event] = []
         self._due: asyncio.Handle | None = None
         self._log: Any = None  # structlog's, from the first event on
-        self._output = _Output(hub, stderr, stderr_fd)
         if hub.has_files:
             hub.open_pool(OWN_LOG)
+        self._output = _Output(hub, stderr, stderr_fd)
+        if hub.has_files:
             self._output.last_ts = hub.last_ts(OWN_LOG)
         self._wanted = hub.has_files or stderr != "none"
 
@@ -178,7 +183,13 @@ class _Stderr:
         self._lock = threading.Lock()
         self._behind = 0  # bytes in the queue or being written
         self._missed = 0  # lines that had no room
-        self._thread: threading.Thread | None = None
+        # From the start: later there may be no process left for it. A daemon, or a stderr that nobody reads would hold
+        # the interpreter at its exit.
+        self._thread = threading.Thread(target=self._work, name="nssup-stderr", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            raise no_thread("stderr") from None
 
     def write(self, lines: list[bytes]) -> None:
         """Takes those of lines that there is room for."""
@@ -190,13 +201,8 @@ class _Stderr:
                 else:
                     self._behind += len(line)
                     taken.append(line)
-        if not taken:
-            return
-        if self._thread is None:
-            # A daemon, or a stderr that nobody reads would hold the interpreter at its exit.
-            self._thread = threading.Thread(target=self._work, name="nssup-stderr", daemon=True)
-            self._thread.start()
-        self._lines.put(b"".join(taken))
+        if taken:
+            self._lines.put(b"".join(taken))
 
     def take_missed(self) -> int:
         """How many lines were left out, if there is room again to say so; then it is forgotten."""
@@ -207,9 +213,8 @@ class _Stderr:
             return missed
 
     def close(self) -> None:
-        if self._thread is not None:
-            self._lines.put(None)
-            self._thread.join(LAST_WAIT)
+        self._lines.put(None)
+        self._thread.join(LAST_WAIT)
 
     def _work(self) -> None:
         while (data := self._lines.get()) is not None:

@@ -104,6 +104,7 @@ class LogFile:
     def open(self) -> None:
         """Raises OSError."""
         if self._file is None:
+            self._executor()  # if there is none to be had, nothing is made
             self._adopt(_open_log(self.path))
 
     def _adopt(self, opened: _Opened) -> None:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from nssup.errors import no_thread
 from nssup.follower import Follower
 from nssup.handover import Layout, StagingError
 from nssup.lines import Framer, seconds, stamp
@@ -570,7 +571,12 @@ class LogHub:
 
     def _writer(self) -> ThreadPoolExecutor:
         if self._writing is None:
-            self._writing = ThreadPoolExecutor(1, "nssup-log-writer")
+            executor = ThreadPoolExecutor(1, "nssup-log-writer")
+            try:
+                executor.submit(int)  # its thread is there from now on: later there may be no process left for it
+            except RuntimeError:
+                raise no_thread("the logs") from None
+            self._writing = executor
         return self._writing
 
     def _mark_dirty(self, pool: _Pool) -> None:
@@ -743,13 +749,16 @@ class LogHub:
         recent = pick_last(_unwritten(pool), n, workers)
         if len(recent) == n:
             return recent
+        return await self._read_back(pool.file, n - len(recent), workers) + recent
+
+    async def _read_back(self, file: LogFile, n: int, workers: Container[str] | None) -> list[bytes]:
         if self._reading is None:
             self._reading = ThreadPoolExecutor(1, "nssup-log-reader")
-        file = pool.file
-        older = await self._loop.run_in_executor(
-            self._reading, last_records, file.path, file.size, n - len(recent), workers, SCAN
-        )
-        return older + recent
+        wanted = file.path, file.size, n, workers, SCAN
+        try:
+            return await self._loop.run_in_executor(self._reading, last_records, *wanted)
+        except RuntimeError:  # no process left for another thread: the one that writes can do it
+            return await self._loop.run_in_executor(self._writer(), last_records, *wanted)
 
     def last_records(self, worker_id: str, n: int) -> list[bytes]:
         """The last n records of one worker, at once: the loop waits, so only the last LAST bytes of its file count."""
