@@ -35,6 +35,7 @@ def serve(config: Config, for_seconds: float | None = None) -> int:
 
     for_seconds: end by itself after so long. Raises ControlError (directories, socket), SpecError (accounts).
     """
+    _keep_standard_streams()
     manager, given = systemd.take(os.environ, os.getpid())
     inheritance = _take_inheritance()
     ends_at = None if for_seconds is None else now() + for_seconds
@@ -58,6 +59,13 @@ def _take_inheritance() -> reexec.Inheritance | None:
     except ValueError as error:
         print(f"nssup: {error}", file=sys.stderr)
         return None
+
+
+def _keep_standard_streams() -> None:
+    """0, 1 and 2 are open, if only to nothing: else what is opened later would be taken for stderr."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -304,7 +312,7 @@ class _Session:
         self._ends_at = ends_at
         self._becoming = False
         self._supervisor = Supervisor(
-            config.supervisor, stderr="text" if sys.stderr.isatty() else "json", inheritance=inheritance
+            config.supervisor, stderr="text" if os.isatty(2) else "json", inheritance=inheritance
         )
         self._service: _Service
 
