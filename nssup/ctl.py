@@ -20,7 +20,7 @@ from nssup.errors import ControlError, ExitCode
 from nssup.events import Event, Input, Kill, Restart, Start, State, Stop
 from nssup.listener import Listener
 from nssup.operation import UP, Goal, Judge, Operation
-from nssup.selection import Selected, pool_of, select, select_pools
+from nssup.selection import Meant, Selected, select, select_pools
 from nssup.snapshot import STATS_ROWS, Snapshot, Source, event_line, members
 
 EVENTS_KEPT = 1000  # for `n` and `since`
@@ -282,17 +282,12 @@ class Followed:
             yield batch
 
 
-def _about(chosen: Selected, there: Mapping[str, Sequence[str]], everything: bool) -> Callable[[Event], bool]:
-    """Whether an event is about what was chosen; a pool chosen whole means its later workers too."""
-    workers = frozenset(chosen.workers)
-    whole = frozenset(name for name in chosen.pools if workers.issuperset(there[name]))
+def _about(chosen: Selected, everything: bool) -> Callable[[Event], bool]:
+    """Whether an event is about what was chosen."""
+    workers = Meant(chosen)
 
     def about(event: Event) -> bool:
-        if everything:
-            return True
-        if event.worker is not None:
-            return event.worker in workers or pool_of(event.worker) in whole
-        return event.pool in whole
+        return everything or event.worker in workers or event.pool in chosen.whole
 
     return about
 
@@ -472,9 +467,8 @@ class Control:
 
     def events(self, call: Call) -> Answer:
         query: EventsQuery = call.query
-        there = members(self._supervisor.workers)
-        chosen = select(query.select, there, self._supervisor.host_pid_owner)
-        follower = Followed(_about(chosen, there, not query.select))
+        chosen = self._select(query.select)
+        follower = Followed(_about(chosen, not query.select))
         if query.since is not None:
             past = self._since(query.since)
         elif query.n is not None:
@@ -657,7 +651,7 @@ class Control:
     async def _records(self, chosen: Selected, query: LogsQuery) -> AsyncGenerator[bytes, None]:
         """The last records, in the order of their time; then what comes."""
         hub = self._supervisor.logs
-        workers = frozenset(chosen.workers) if query.select else None
+        workers = Meant(chosen) if query.select else None
         follows: list[Follow] = []
 
         async def begin() -> None:

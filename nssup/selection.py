@@ -20,10 +20,22 @@ _GLOB = re.compile(r"[*?\[]")
 
 class Selected(msgspec.Struct, frozen=True):
     """Pool names and worker ids, in the order of the supervisor's own list. A pool is in it when it, or a worker of it,
-    was meant."""
+    was meant. whole: the pools that were meant as such, with workers that they have no more or not yet."""
 
     pools: tuple[str, ...]
     workers: tuple[str, ...]
+    whole: frozenset[str] = frozenset()
+
+
+class Meant:
+    """The ids of the workers that were meant, also of such as are no more or not yet."""
+
+    def __init__(self, selected: Selected) -> None:
+        self._workers = frozenset(selected.workers)
+        self._whole = selected.whole
+
+    def __contains__(self, worker_id: object) -> bool:
+        return worker_id in self._workers or (isinstance(worker_id, str) and pool_of(worker_id) in self._whole)
 
 
 Owner = Callable[[int], str | None]
@@ -37,7 +49,7 @@ def select(selectors: Iterable[str], members: Members, owner: Owner) -> Selected
     """
     selectors = list(selectors)
     if not selectors:
-        return Selected(tuple(members), tuple(worker for ids in members.values() for worker in ids))
+        return Selected(tuple(members), tuple(worker for ids in members.values() for worker in ids), frozenset(members))
     pools: set[str] = set()
     workers: set[str] = set()
     for text in selectors:
@@ -46,8 +58,9 @@ def select(selectors: Iterable[str], members: Members, owner: Owner) -> Selected
         workers.update(found_workers)
         workers.update(worker for name in found_pools for worker in members[name])
     ordered = tuple(worker for ids in members.values() for worker in ids if worker in workers)
+    whole = frozenset(pools)
     pools.update(pool_of(worker) for worker in workers)
-    return Selected(tuple(name for name in members if name in pools), ordered)
+    return Selected(tuple(name for name in members if name in pools), ordered, whole)
 
 
 def select_pools(selectors: Iterable[str], members: Members) -> tuple[str, ...]:
@@ -78,6 +91,8 @@ def _one(text: str, members: Members, owner: Owner) -> tuple[list[str], list[str
     if name in members.get(pool_of(name), ()):
         return [], [name]
     pools = [pool for pool in members if _matches(name, pool)]
+    if name.endswith("/*"):
+        pools += [pool for pool, ids in members.items() if ids and (name[:-2] == pool or _matches(name[:-2], pool))]
     workers = [worker for ids in members.values() for worker in ids if _matches(name, worker)]
     if not pools and not workers:
         raise _unknown(text, members)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nssup.errors import ControlError, ExitCode
-from nssup.selection import Selected, canonical, select, select_pools
+from nssup.selection import Meant, Selected, canonical, select, select_pools
 
 MEMBERS = {
     "web": ["web/0", "web/1", "web/2", "web/10"],
@@ -48,13 +48,39 @@ def test_selectors_mean_workers_in_order_and_once(selectors: str, workers: str) 
 
 def test_no_selector_means_everything() -> None:
     assert select([], MEMBERS, OWNERS.get) == Selected(
-        ("web", "worker", "db", "idle"), ("web/0", "web/1", "web/2", "web/10", "worker/0", "worker/1", "db/0")
+        ("web", "worker", "db", "idle"),
+        ("web/0", "web/1", "web/2", "web/10", "worker/0", "worker/1", "db/0"),
+        frozenset(MEMBERS),
     )
 
 
 def test_the_pools_of_what_was_meant() -> None:
     assert select(["db", "web/1"], MEMBERS, OWNERS.get).pools == ("web", "db")
-    assert select(["idle"], MEMBERS, OWNERS.get) == Selected(("idle",), ())
+    assert select(["idle"], MEMBERS, OWNERS.get) == Selected(("idle",), (), frozenset({"idle"}))
+
+
+@pytest.mark.parametrize(
+    ("selectors", "whole"),
+    [
+        ("web", "web"),
+        ("w*", "web worker"),
+        ("web/*", "web"),
+        ("w*/*", "web worker"),
+        ("*", "web worker db idle"),
+        ("", "web worker db idle"),
+        ("host:77 worker", "worker"),
+        ("db/0", ""),
+        ("web/?", ""),
+        ("*/0", ""),
+    ],
+)
+def test_a_pool_chosen_whole_means_its_workers_of_before_and_later(selectors: str, whole: str) -> None:
+    selected = select(selectors.split(), MEMBERS, OWNERS.get)
+    assert selected.whole == set(whole.split())
+    meant = Meant(selected)
+    assert [each in meant for each in ("web/99", "db/99")] == ["web" in selected.whole, "db" in selected.whole]
+    assert all(each in meant for each in selected.workers)
+    assert None not in meant
 
 
 @pytest.mark.parametrize(
