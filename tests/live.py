@@ -115,13 +115,15 @@ def environment(host_pid: int) -> list[str]:
     return Path(f"/proc/{host_pid}/environ").read_bytes().decode(errors="replace").split("\0")
 
 
+DEAD = ("Z", "X", "gone")
+
+
 def described(host_pid: int) -> str:
     """For messages."""
     try:
         command = Path(f"/proc/{host_pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        return (
-            f"{status_field(host_pid, 'Name')} ({command}) {status_field(host_pid, 'State')} {namespace_pids(host_pid)}"
-        )
+        state, name = status_field(host_pid, "State"), status_field(host_pid, "Name")
+        return f"{state} {name} ({command}) {namespace_pids(host_pid)}"
     except OSError:
         return "gone"
 
@@ -185,6 +187,18 @@ def nssup(*args: str, env: Mapping[str, str] | None = None, cwd: Path | None = N
     return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+def pool_text(name: str, *command: str, **keys: object) -> str:
+    """[pool.NAME] that runs command (default: one that just sleeps); keys are texts of TOML, or numbers and flags."""
+    lines = [f"[pool.{name}]", f"command = {json.dumps(command or ('sleep', '1000'))}"]
+    lines += [f"{key} = {json.dumps(value) if isinstance(value, bool) else value}" for key, value in keys.items()]
+    return "\n".join(lines) + "\n"
+
+
+def shell(script: str, *args: str) -> tuple[str, ...]:
+    """A command that runs the script, with args as $1, $2 ..."""
+    return ("sh", "-c", script, "sh", *args)
+
+
 def config_text(directory: Path, pools: str, supervisor: str = "") -> str:
     """A whole config: its directories are in `directory`, and its workers are marked."""
     return (
@@ -243,7 +257,7 @@ class Up:
         try:
             self._wait_socket()
         except BaseException:
-            self._kill()
+            self.close()
             raise
         return self
 
@@ -254,9 +268,10 @@ class Up:
             if kind is None and (left := self.left()):
                 pytest.fail(f"left behind: {left}, code {self.code}, {self.said} {self.events}")
         finally:
-            self._kill()
+            self.close()
 
-    def _kill(self) -> None:
+    def close(self) -> None:
+        """Whatever state it is in: its process is ended and nothing of ours stays open."""
         if self.process.returncode is None:
             self.process.kill()
             self.process.wait()
@@ -371,8 +386,15 @@ class Up:
         assert all(result["ok"] for result in answer["results"]), answer
         return [self.worker(worker_id) for worker_id in worker_ids]
 
+    def tail(self, *selectors: str) -> list[Json]:
+        """The records there are by now."""
+        query = client.query([("select", each) for each in selectors] + [("n", "1000000")])
+        sock, answer = client.ask(str(self.socket), client.request("GET", f"/v1/logs{query}"), PATIENCE)
+        with contextlib.closing(sock):
+            return [json.loads(line) for line in answer.body().splitlines()]
+
     def records(self, pool: str) -> list[Json]:
-        """The pool's log, as it is in the file."""
+        """The pool's log, as it is in the file: complete only when the supervisor has ended."""
         return [json.loads(line) for line in (self.log_dir / f"{pool}.jsonl").read_text().splitlines()]
 
     def wait_record(self, pool: str, wanted: Callable[[Json], bool], *, patience: float = PATIENCE) -> Json:
@@ -392,6 +414,8 @@ class Up:
     def left(self) -> list[str]:
         """What is still there of a supervisor that has ended, and should not be."""
         there = {*marked(self.directory), *self.pid_namespaces.processes()}
+        # Who is dead is the host's to reap, if the supervisor was killed.
+        there = {each for each in there if self.code != -signal.SIGKILL or not described(each).startswith(DEAD)}
         found = [f"process {host_pid}: {described(host_pid)}" for host_pid in there]
         if self.socket.exists():
             found.append("the socket")
