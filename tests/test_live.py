@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from live import PATIENCE, PidNamespaces, Witness, environment, namespace_pids, needs_namespaces, wait_readable
+from live import PATIENCE, PidNamespaces, Witness, namespace_pids, needs_namespaces, wait_readable
 
 from nssup import ControlError, PoolSpec, SpecError, Supervisor
 from nssup.events import Kill, Restart, Start, State, Stop
@@ -281,15 +281,15 @@ async def test_a_supervisor_on_a_thread_of_its_own(tmp_path: Path) -> None:
 async def test_a_pool_that_is_there_is_not_touched_by_another_of_its_name(
     live: tuple[Supervisor, Witness],
 ) -> None:
-    supervisor, witness = live
-    supervisor.add_pool(pool("web", env={"WHO": "first"}, restart=policy(0.0)))
-    await witness.wait("started", "web/0")
+    supervisor, _ = live
+    says = ("sh", "-c", 'echo "$WHO $NSSUP_GENERATION"; exec sleep 1000')
+    await wait_output(supervisor, pool("web", *says, env={"WHO": "first"}, restart=policy(0.0)), "first 1")
     with pytest.raises(ControlError, match="pool web is there already"):
         supervisor.add_pool(pool("web", "false", env={"WHO": "second"}))
-    supervisor.feed("web/0", Kill(signal.SIGKILL))
-    again = await witness.wait("started", "web/0", generation=2)
-    assert again.host_pid is not None
-    assert "WHO=first" in environment(again.host_pid)
+    with contextlib.closing(supervisor.logs.follow(["web"])) as follower:
+        supervisor.feed("web/0", Kill(signal.SIGKILL))
+        async with asyncio.timeout(PATIENCE):
+            assert json.loads(await anext(follower))["msg"] == "first 2"
 
 
 async def test_a_pool_that_cannot_be(live: tuple[Supervisor, Witness]) -> None:
