@@ -308,7 +308,8 @@ class Staging:
             raise ValueError(f"stream {number} has not ended")
         for which in (1 - stream.which, stream.which):  # the older version first: it does not know of the end
             self._words[self._at(number, which) // 8] = handover.NEVER
-        del self.streams[number], self._numbers[stream.state[:3]]
+        del self.streams[number]
+        self._numbers.pop(stream.state[:3], None)
         self._free.append(number)
 
     # --- from the pipes ------------------------------------------------------------------------------------------
