@@ -44,6 +44,7 @@ LAST = 256 * 1024  # the same, where the loop waits for it
 # Of one staging memory. Half as many bytes of empty lines are still no more than some 40 MB of records.
 LAYOUT = Layout(streams=256, half=256 * 1024)
 STREAMS = ("stdout", "stderr")
+NOT_NOW = -1
 
 
 class _Offset(msgspec.Struct):
@@ -150,6 +151,9 @@ class _Pool:
         self.stagings: list[Staging] = []
         self.owners: dict[tuple[Staging, int], Streams] = {}
         self.ending: set[tuple[Staging, int]] = set()  # streams whose end is staged and not yet in the log
+        self.endless: set[tuple[Staging, int]] = set()  # streams without a writer whose end found no room yet
+        self.places: dict[tuple[str, int], Staging] = {}  # of lives that are launched and not attached yet
+        self.reserved: Counter[Staging] = Counter()
         self.last_wall = 0.0
 
     def wall(self, now: float) -> float:
@@ -239,21 +243,38 @@ class LogHub:
             self._on_error(pool.name, errno.EBADMSG, 0)  # what is in there nobody can tell
             return
         pool.stagings.append(staging)
-        finish(staging, path)
+        finished = finish(staging, path)
+        pool.wall(staging.latest)
+        if finished is not None and finished.lost:
+            pool.outage = pool.outage or Outage(finished.errno)
+            for number, lost in finished.lost.items():
+                self._count_lost(pool, self._owner(pool, staging, number), lost)
+            self._on_error(pool.name, finished.errno, sum(finished.lost.values()))
 
-    def place(self, name: str) -> Staging | None:
+    def place(self, name: str, worker_id: str, generation: int) -> Staging | None:
         """Where the output of a new life of a pool is to be staged: its init keeps the descriptor. None: nowhere.
 
-        Raises OSError.
+        The room is the life's until it is attached, or given back. Raises OSError.
         """
         pool = self._pools[name]
         if not pool.staged:
             return None
         for staging in pool.stagings:
-            if len(staging.streams) + len(STREAMS) <= staging.layout.streams:
-                return staging
-        pool.stagings.append(Staging.create(name, LAYOUT))
-        return pool.stagings[-1]
+            if len(staging.streams) + len(STREAMS) * (1 + pool.reserved[staging]) <= staging.layout.streams:
+                break
+        else:
+            staging = Staging.create(name, LAYOUT)
+            pool.stagings.append(staging)
+        pool.places[worker_id, generation] = staging
+        pool.reserved[staging] += 1
+        return staging
+
+    def give_back(self, name: str, worker_id: str, generation: int) -> None:
+        """The life that a place was for has come to nothing."""
+        pool = self._pools[name]
+        staging = pool.places.pop((worker_id, generation), None)
+        if staging is not None:
+            pool.reserved[staging] -= 1
 
     def placed(self, name: str, fd: int) -> Staging | None:
         """The staging memory that fd, which is closed, is a copy of; None: not one of this pool's."""
@@ -266,26 +287,33 @@ class LogHub:
         return None
 
     def is_staged(self, staging: Staging | None, worker_id: str, generation: int) -> bool:
-        """Whether output of that life has been taken, or was about to be."""
+        """Whether output of that life may have been taken: then its streams have its PIDs."""
         if staging is None:
             return False
         index = int(worker_id.partition("/")[2])
-        return any(_stream_of(staging, index, generation, kind) >= 0 for kind in range(len(STREAMS)))
+        numbers = [_stream_of(staging, index, generation, kind) for kind in range(len(STREAMS))]
+        return any(number >= 0 and staging.streams[number].state.host_pid for number in numbers)
 
-    def settle(self, name: str) -> None:
-        """Every life of the pool that is still there is attached: what else was staged has no writer any more."""
+    def settle(self, name: str, lives: Container[tuple[str, int]]) -> None:
+        """What was staged of the pool's lives that are not among these, by worker id and generation, has no writer."""
         pool = self._pools[name]
         for staging in pool.stagings:
             for number, stream in staging.streams.items():
-                key = staging, number
-                if key in pool.owners:
+                if (f"{name}/{stream.state.worker}", stream.state.generation) in lives:
                     continue
                 self._owner(pool, staging, number)
-                if not stream.ending:
-                    self._end_staged(pool, staging, number)
-                pool.ending.add(key)
-        if pool.stagings:
-            self._mark_dirty(pool)
+                pool.endless.add((staging, number))
+        self._end_endless(pool)
+
+    def _end_endless(self, pool: _Pool) -> None:
+        """As many of them as there is room for; the others when there is more."""
+        for staging, number in tuple(pool.endless):
+            try:
+                self._end_staged(pool, staging, number)
+            except Full:
+                self._mark_dirty(pool)
+                return
+            pool.endless.discard((staging, number))
 
     def _owner(self, pool: _Pool, staging: Staging, number: int) -> Streams:
         """Whose stream that is, also where its life is gone."""
@@ -328,6 +356,7 @@ class LogHub:
         without staging stand, which `pass_on` told.
         """
         life = Streams(self._pools[pool], worker_id, generation)
+        self.give_back(pool, worker_id, generation)
         for kind, fd in enumerate((stdout_fd, stderr_fd)):
             if fd is not None:
                 self._attach(life, fd, kind, staging, offsets[kind])
@@ -365,9 +394,13 @@ class LogHub:
         wall = self._wall()
         for pipe in list(life._pipes):
             pipe.left = _bytes_in(pipe.fd)
-            while pipe.left > 0 and self._read(pipe, wall):
-                continue
-            if pipe in life._pipes and pipe not in (life._pool.blocked or ()):
+            got = 1
+            while pipe.left > 0 and got > 0:
+                got = self._read(pipe, wall)
+            if got == NOT_NOW:
+                self._ready[pipe] = None
+                self._look_again()
+            elif pipe in life._pipes and pipe not in (life._pool.blocked or ()):
                 self._end(pipe, wall)
         life._pool.lives.discard(life)
         self._tell_drained(life)
@@ -473,7 +506,8 @@ class LogHub:
             self._timer = self._loop.call_soon(self._pass)
 
     def _read(self, pipe: _Pipe, wall: float) -> int:
-        """One read. How many bytes; 0 where there are none now, or no more will come (then the pipe is closed)."""
+        """One read. How many bytes; 0 where there are none now, or no more will come (then the pipe is closed); NOT_NOW
+        where it has to be tried again."""
         self.counters.reads += 1
         try:
             got = self._take_from(pipe, wall)
@@ -482,7 +516,9 @@ class LogHub:
         except Full:
             self._wait_for_room(pipe)
             return 0
-        except OSError:  # EIO: the other side of a pty is gone
+        except OSError as error:
+            if error.errno != errno.EIO:  # which says that the other side of a pty is gone
+                return NOT_NOW  # no memory: the worker waits in its writes, and loses nothing
             got = 0
         self.counters.bytes_read += got
         if pipe.left is not None:
@@ -621,10 +657,12 @@ class LogHub:
 
     def _seal(self, pool: _Pool) -> Batch | None:
         """Staged bytes of the pool, as a batch whose records are in `waiting`; None: nothing is staged."""
-        for staging in pool.stagings:
+        for staging in tuple(pool.stagings):
             batch = staging.pending or staging.seal()
             if batch is None:
                 continue
+            pool.stagings.remove(staging)
+            pool.stagings.append(staging)  # the others come first next time
             for number, start, stop, records in batch.records():
                 self._take(pool, _Chunk(self._owner(pool, staging, number), start, stop, records))
             return batch
@@ -658,6 +696,7 @@ class LogHub:
             life = pool.owners.pop((staging, number))
             life._staged.discard((staging, number))
             self._tell_drained(life)
+        self._end_endless(pool)
 
     def _settle(self, pool: _Pool, kept: int, error: OSError | None) -> None:
         """The write in flight is over, and its first kept bytes are in the file."""
@@ -674,18 +713,21 @@ class LogHub:
             pool.blocked = None
             self._look_again()
 
+    def _count_lost(self, pool: _Pool, life: Streams | None, lost: int) -> None:
+        assert pool.outage is not None
+        pool.outage.missing[(life.worker_id, life.generation) if life else (None, None)] += lost
+        pool.dropped[life.worker_id if life else ""] += lost
+
     def _drop(self, pool: _Pool, batch: list[_Chunk], kept: int, number: int) -> None:
         """Counts what of batch is not among its first kept bytes."""
         first = pool.outage is None
-        outage = pool.outage = pool.outage or Outage(number)
+        pool.outage = pool.outage or Outage(number)
         dropped = 0
         for chunk in batch:
             if kept < len(chunk.records):
                 lost = chunk.end - _start(chunk, kept)
                 dropped += lost
-                life = chunk.life
-                outage.missing[(life.worker_id, life.generation) if life else (None, None)] += lost
-                pool.dropped[life.worker_id if life else ""] += lost
+                self._count_lost(pool, chunk.life, lost)
             kept = max(kept - len(chunk.records), 0)
         self.counters.bytes_dropped += dropped
         if first:

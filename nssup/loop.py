@@ -392,7 +392,7 @@ class Supervisor:
         for claim in claims:
             for process in claim.processes:
                 self._adopt(claim.adopted.worker, process)
-        self.logs.settle(spec.name)
+        self.logs.settle(spec.name, self._lives.keys())
         self._do(self.workers.add_pool(desired, now(), [claim.adopted.worker for claim in claims]))
         for claim in claims:
             self._go_on(claim)
@@ -685,13 +685,14 @@ class Supervisor:
             return
         prepared = self._prepared[worker.pool]
         try:
-            staging = self._place(worker.pool)
+            staging = self._place(worker_id, generation)
             process = self._launcher.launch(
                 prepared.plan(worker.index, generation),
                 merge=prepared.spec.log.merge,
                 staging=-1 if staging is None else staging.fd,
             )
         except LaunchError as error:
+            self.logs.give_back(worker.pool, worker_id, generation)
             self.feed(worker_id, LaunchFailed(generation, f"setup-failed:{error.step}:{errno_name(error.errno)}"))
             return
         life = _Life(worker_id, worker.pool, process)
@@ -705,10 +706,10 @@ class Supervisor:
         process.go()  # the life is in the notes: now it may run
         self._watch_life(life)
 
-    def _place(self, pool: str) -> Staging | None:
+    def _place(self, worker_id: str, generation: int) -> Staging | None:
         """Where a new life's output is to be staged. Raises LaunchError."""
         try:
-            return self.logs.place(pool)
+            return self.logs.place(pool_of(worker_id), worker_id, generation)
         except OSError as error:
             raise LaunchError("staging", error.errno or errno.EIO) from None
 

@@ -22,8 +22,8 @@ ROWS = [
     "spec events record wire keys document envfile handover",
     "machine restart deps rollout schedule adopt lines config diff render selection plan openapi",
     "workers",
-    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging snapshot "
-    "logfile follower journal desired systemd reexec",
+    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
+    "snapshot logfile follower journal desired systemd reexec",
     "loop sim",
     "executor run foreground http operation",
     "ctl client",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from pathlib import Path
 
+    from nssup.follower import Follower
+
 pytestmark = pytest.mark.both_loops
 
 decode = msgspec.json.Decoder(lines.Record).decode
@@ -122,7 +124,7 @@ async def turns(count: int) -> None:
         await asyncio.sleep(0)
 
 
-async def seen(follower: logs.Follower, size: int) -> list[lines.Record]:
+async def seen(follower: Follower, size: int) -> list[lines.Record]:
     """What follower gives, up to size bytes of the streams."""
     found: list[lines.Record] = []
     while size > 0:
@@ -748,7 +750,7 @@ async def test_a_follower_sees_what_it_asked_for(hub: LogHub) -> None:
     hub.append("nssup", lines.mark(lines.stamp(NOON), None, None, "own"))
     await hub.close()
 
-    async def messages(follower: logs.Follower) -> list[str | None]:
+    async def messages(follower: Follower) -> list[str | None]:
         return [decode(line).msg async for chunk in follower for line in chunk.splitlines()]
 
     assert await messages(everything) == ["web/0", "web/1", "db/0"]

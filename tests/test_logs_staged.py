@@ -13,6 +13,7 @@ from nssup import logs
 from nssup.handover import Layout
 from nssup.lines import Record, content
 from nssup.logs import LogHub, Streams
+from nssup.staging import Staging
 
 pytestmark = pytest.mark.both_loops
 
@@ -33,7 +34,7 @@ async def hub(log_dir: Path, found: tuple[int, ...] = ()) -> AsyncIterator[LogHu
 
 
 def attach(one: LogHub, read: int, index: int = 0, generation: int = 1) -> Streams:
-    life = one.attach("web", f"web/{index}", generation, read, None, one.place("web"))
+    life = one.attach("web", f"web/{index}", generation, read, None, one.place("web", f"web/{index}", generation))
     life.identify(100 + index, 2)
     return life
 
@@ -48,6 +49,13 @@ def streams_in(log_dir: Path) -> dict[tuple[str | None, int | None], bytes]:
         assert record.offset == len(found.get(key, b""))
         found[key] = found.get(key, b"") + content(record)
     return found
+
+
+def memory_of(one: LogHub) -> Staging:
+    staging = one.place("web", "web/99", 1)
+    one.give_back("web", "web/99", 1)
+    assert staging is not None
+    return staging
 
 
 async def have_read(one: LogHub, count: int) -> None:
@@ -71,8 +79,7 @@ async def test_a_life_is_let_go_when_all_of_it_is_in_the_log(tmp_path: Path) -> 
         assert not drained.done()
         await drained
         assert streams_in(tmp_path) == {("web/0", 1): b"one\ntwo\nrest"}
-        staging = one.place("web")
-        assert staging is not None
+        staging = memory_of(one)
         assert not staging.streams
 
 
@@ -91,8 +98,7 @@ async def test_the_next_hub_goes_on_in_the_middle_of_a_line(tmp_path: Path) -> N
     async with hub(tmp_path) as one:
         life = attach(one, read)
         os.write(write, b"first\nhalf a ")
-        staging = one.place("web")
-        assert staging is not None
+        staging = memory_of(one)
         memory = os.dup(staging.fd)
         await have_read(one, 13)
         await one.flush()
@@ -101,11 +107,10 @@ async def test_the_next_hub_goes_on_in_the_middle_of_a_line(tmp_path: Path) -> N
     os.write(write, b"line\n")
     os.close(write)
     async with hub(tmp_path, (os.dup(memory), memory)) as one:
-        found = one.place("web")
-        assert found is not None
+        found = memory_of(one)
         assert one.is_staged(found, "web/0", 1)
         life = one.attach("web", "web/0", 1, kept, None, found)
-        one.settle("web")
+        one.settle("web", {("web/0", 1)})
         drained, tell = told()
         one.drain(life, tell)
         await drained
@@ -119,13 +124,12 @@ async def test_a_stream_that_nobody_writes_any_more_is_ended(tmp_path: Path) -> 
         os.write(write, b"cut of")
         await have_read(one, 6)
         await one.flush()
-        staging = one.place("web")
-        assert staging is not None
+        staging = memory_of(one)
         memory = os.dup(staging.fd)
         one.detach(life)
     os.close(write)
     async with hub(tmp_path, (memory,)) as one:
-        one.settle("web")
+        one.settle("web", ())
         await one.flush()
         assert streams_in(tmp_path) == {("web/0", 1): b"cut of"}
 
@@ -165,3 +169,12 @@ async def test_more_lives_than_one_memory_has_streams_for(tmp_path: Path, monkey
             one.drain(life, tell)
             await drained
     assert streams_in(tmp_path) == {(f"web/{index}", 1): b"x\n" for index in range(7)}
+
+
+async def test_a_place_is_kept_until_its_life_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LAYOUT", Layout(streams=4, half=4096, entries=8))
+    async with hub(tmp_path) as one:
+        places = [one.place("web", f"web/{index}", 1) for index in range(5)]
+        assert [places.index(place) for place in places] == [0, 0, 2, 2, 4]
+        one.give_back("web", "web/1", 1)
+        assert one.place("web", "web/6", 1) is places[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nssup import plan
-from nssup.plan import DEFAULT_PATH, Account, candidates, environment, namespaces_for, prepare
-from nssup.record import UNLIMITED, Identity, Plan
+from nssup.plan import Account, environment, namespaces_for, prepare
+from nssup.record import DEFAULT_PATH, UNLIMITED, Identity, Plan, candidates
 from nssup.spec import RLIMITS, PoolSpec, User
 
 NOBODY = Account(None, None)

@@ -489,11 +489,6 @@ code = 0 if state() == before else 1
 # --- the pure parts ---------------------------------------------------------------------------------------------------
 
 
-def test_candidates() -> None:
-    assert foreground.candidates("ls", "/bin::/usr/bin") == ("/bin/ls", "./ls", "/usr/bin/ls")
-    assert foreground.candidates("./ls", "/bin") == ("./ls",)
-
-
 @pytest.mark.parametrize("change", ["A", "=A", ""])
 def test_a_change_of_the_environment_needs_name_and_value(change: str) -> None:
     with pytest.raises(RunError, match="not NAME=VALUE"):
