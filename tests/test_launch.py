@@ -484,6 +484,39 @@ def test_a_storm_of_launches_and_kills(launcher: Launcher) -> None:
         process.destroy()
 
 
+def test_launches_from_many_threads() -> None:
+    """They share the stack of the clone."""
+    launcher, codes = Launcher(), []
+
+    def launch(number: int) -> None:
+        for _ in range(20):
+            outcome = run(plan_of(*shell(f"exit {number}")), launcher)
+            codes.append((number, outcome.exit))
+
+    threads = [threading.Thread(target=launch, args=(number,)) for number in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    launcher.close()
+    assert sorted(codes) == [(number, (os.CLD_EXITED, number)) for number in range(1, 5) for _ in range(20)]
+
+
+def test_launches_in_a_hail_of_signals(launcher: Launcher) -> None:
+    """Their handler never runs in the child of the clone, whose memory is ours, and no call gives up for them."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda signo, _: seen.append(os.getpid()))
+    signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+    try:
+        for _ in range(60):
+            assert run(plan_of("/bin/true"), launcher).exit == (os.CLD_EXITED, 0)
+            assert run(plan_of("/no/such/program", init=False), launcher).failed == (Step.EXEC, errno.ENOENT)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert set(seen) == {os.getpid()}
+
+
 # --- launches that fail ----------------------------------------------------------------------------------------------
 
 
@@ -860,6 +893,15 @@ def test_no_descriptor_leads_out_through_the_directory(init: bool, launcher: Lau
         assert step == Step.DIRECTORY, path
         assert number in (errno.ENOTDIR, errno.ENOENT, errno.EACCES), path
     os.close(stray)
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_no_descriptor_leads_out_through_the_program(init: bool, launcher: Launcher) -> None:
+    """They are closed before the exec, not by it."""
+    for path in [f"/proc/{whose}/fd/{number}" for whose in ("self", 1) for number in range(20)]:
+        step, number = run(plan_of(path, init=init), launcher).failed
+        assert step == Step.EXEC, path
+        assert number in (errno.ENOENT, errno.EACCES), path
 
 
 NUMBERS = {
