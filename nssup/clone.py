@@ -140,8 +140,9 @@ class Launcher:
             step = wire.Step.PIPES
             null = self._null
             if stdio is None:
-                out_log, out = _log_pipe(kept, lent)
-                err_log, err = (-1, out) if merge else _log_pipe(kept, lent)
+                uid = None if plan.identity is None else plan.identity.uid
+                out_log, out = _log_pipe(kept, lent, uid)
+                err_log, err = (-1, out) if merge else _log_pipe(kept, lent, uid)
                 stdio = (null, out, err)
             else:
                 out_log = err_log = -1
@@ -193,12 +194,16 @@ def _line(lent: list[int]) -> tuple[_socket.socket, int]:
     return ours, lent[-1]
 
 
-def _log_pipe(kept: list[int], lent: list[int]) -> tuple[int, int]:
-    """Only the read end is non-blocking: the program's end is its own."""
+def _log_pipe(kept: list[int], lent: list[int], uid: int | None) -> tuple[int, int]:
+    """Only the read end is non-blocking: the program's end is its own. It belongs to uid, who may open it by its path:
+    /dev/stdout, /dev/stderr."""
     read, write = os.pipe2(os.O_CLOEXEC)
     kept.append(read)
     lent.append(write)
     os.set_blocking(read, False)
+    if uid is not None:
+        with contextlib.suppress(PermissionError):  # then it is only that path that cannot be opened
+            os.fchown(write, uid, -1)
     return read, write
 
 
