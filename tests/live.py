@@ -14,6 +14,7 @@ import json
 import os
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -154,6 +155,17 @@ def opened(host_pid: int) -> Any:  # noqa: ANN401 - an iterator of int | None
         yield pidfd
     finally:
         os.close(pidfd)
+
+
+def wait_listening(host: str, port: int) -> None:
+    """Until somebody accepts connections there: a program that tells in no other way that it is ready."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with socket.socket() as sock:
+            if sock.connect_ex((host, port)) == 0:
+                return
+        assert time.monotonic() < deadline, f"nobody listens at {host}:{port}"
+        os.sched_yield()
 
 
 def locked_by(path: Path) -> int | None:
