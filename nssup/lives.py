@@ -204,14 +204,14 @@ class Lives:
     def _set_aside(self, pair: int, data: bytes) -> str:
         aside = self._path.with_name(f"lives.bad-{self.epoch}-{pair}")
         aside.write_bytes(data)
-        os.pwrite(self._fd, bytes(_PAIR), pair * _PAIR)
+        self._put(bytes(_PAIR), pair * _PAIR)
         return f"slot {pair} of {self._path} is torn or forged: set aside as {aside.name}"
 
     def drop_stale(self) -> None:
         """What `read` found to be from elsewhere has been told, and is forgotten."""
         while self._stale:
             pair = self._stale.pop()
-            os.pwrite(self._fd, bytes(_PAIR), pair * _PAIR)
+            self._put(bytes(_PAIR), pair * _PAIR)
             self._free.append(pair)
 
     def write(
@@ -238,7 +238,7 @@ class Lives:
         )
         half = 1 - half
         try:
-            os.pwrite(self._fd, record.encode_slot(slot), pair * _PAIR + half * record.SLOT_SIZE)
+            self._put(record.encode_slot(slot), pair * _PAIR + half * record.SLOT_SIZE)
         except OSError:
             if known is None:
                 self._free.append(pair)
@@ -249,9 +249,13 @@ class Lives:
         """The life needs no note any more. Raises OSError, and then the note is still there."""
         known = self._pairs.get((worker_id, generation))
         if known is not None:
-            os.pwrite(self._fd, bytes(_PAIR), known[0] * _PAIR)
+            self._put(bytes(_PAIR), known[0] * _PAIR)
             del self._pairs[worker_id, generation]
             self._free.append(known[0])
+
+    def _put(self, data: bytes, at: int) -> None:
+        if os.pwrite(self._fd, data, at) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _take(self) -> int:
         if not self._free:
