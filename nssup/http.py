@@ -22,6 +22,7 @@ from nssup.listener import Listener, listen
 
 _UCRED = struct.Struct("3i")
 _SO_PEERPIDFD = 77  # Linux 6.5, include/uapi/asm-generic/socket.h
+_LAST_TURNS = 4  # of the loop: a connection is accepted, made, begins to read, and has read
 
 
 class Peer(NamedTuple):
@@ -127,6 +128,8 @@ class Connection(asyncio.Protocol):
         self._peer = peer_of(transport.get_extra_info("socket"))
         if self._server.admit(self):
             self._await_request()
+        elif self._server.closing:
+            self._close()
         else:
             self._refuse(failure(503, "too-many-connections", "too many connections at once", "try again"))
 
@@ -413,8 +416,10 @@ class Server:
 
     async def _close(self, server: asyncio.AbstractServer) -> None:
         """No new client, and an end for those that are here."""
-        self.closing = True
         server.close()
+        for _ in range(_LAST_TURNS):  # who was let in at the last moment, and has asked, is answered
+            await asyncio.sleep(0)
+        self.closing = True
         self.app.close()
         for connection in list(self._connections):
             connection.finish()

@@ -79,7 +79,7 @@ def take(environ: MutableMapping[str, str]) -> Inheritance | None:
         data = os.pread(fd, os.fstat(fd).st_size, 0)
         os.close(fd)
         found = msgspec.json.decode(data, type=Inheritance)
-        if found.host_pid != os.getpid() or found.version != VERSION:
+        if found.host_pid != os.getpid() or not VERSION - 1 <= found.version <= VERSION:
             raise ValueError("it is for another process, or of another version")
         for each in found.descriptors():
             os.set_inheritable(each, False)

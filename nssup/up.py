@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 from msgspec.structs import replace
 
-from nssup import __version__, clone, facts, reexec, systemd
+from nssup import __version__, clone, facts, handover, record, reexec, systemd, wire
 from nssup.config import Config, account
 from nssup.errors import ControlError, ExitCode
 from nssup.events import Event, Exit, State
@@ -194,11 +194,20 @@ class _Service:
 
 
 class _Rehearsed(msgspec.Struct, frozen=True):
-    """What the code that is installed now says of itself. inheritance: the version of it that it takes."""
+    """What the code that is installed now says of itself. formats: the version of each thing that it takes over."""
 
     version: str
-    inheritance: int
+    formats: dict[str, int]
     supervisor: SupervisorSpec
+
+
+# What a supervisor leaves: whoever comes next understands its own version of each, and the one before.
+_FORMATS = {
+    "inheritance": reexec.VERSION,
+    "lives": record.SLOT_VERSION,
+    "line": wire.VERSION,
+    "staging": handover.VERSION,
+}
 
 
 def rehearsal(config: Config) -> str:
@@ -210,7 +219,7 @@ def rehearsal(config: Config) -> str:
     for spec in config.pools.values():
         account(validate(spec), host)
     clone.Launcher().close()
-    return msgspec.json.encode(_Rehearsed(__version__, reexec.VERSION, config.supervisor)).decode()
+    return msgspec.json.encode(_Rehearsed(__version__, _FORMATS, config.supervisor)).decode()
 
 
 class _Upgrade:
@@ -235,8 +244,9 @@ class _Upgrade:
             found = await _rehearse([*self._session.words, *self._session.arguments, REHEARSE])
         finally:
             self._under_way = False
-        if found.inheritance != reexec.VERSION:
-            raise _refusal(f"nssup {found.version} does not understand what this one leaves")
+        for name, version in _FORMATS.items():
+            if not found.formats.get(name, 0) - 1 <= version <= found.formats.get(name, 0):
+                raise _refusal(f"nssup {found.version} does not understand the {name} of this one")
         there, wanted = (msgspec.to_builtins(spec) for spec in (self._session.config.supervisor, found.supervisor))
         moved = [name for name, place in there.items() if wanted.get(name) != place]
         if moved:
