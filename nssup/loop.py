@@ -445,6 +445,8 @@ class Supervisor:
             self.workers.note("slot_set_aside", now(), reason=what)
         for worker_id, generation, where in custody.elsewhere:
             self.workers.note("lost", now(), worker=worker_id, generation=generation, reason=f"lost:{where}")
+            if where != "reboot":  # which nothing survives
+                self._orphans.append(Orphan(worker_id, generation, None, None, f"lost:{where}"))
         custody.forget_elsewhere()
 
     def _claim(self, pool: str) -> None:
