@@ -106,8 +106,10 @@ class Supervisor:
         *,
         stderr: Mode = "none",
         inheritance: reexec.Inheritance | None = None,
+        descriptors: tuple[int, int] | None = None,
     ) -> None:
-        """stderr: how own events are shown there: `json`, `text` or `none`.
+        """stderr: how own events are shown there: `json`, `text` or `none`. descriptors: soft and hard limit on them
+        for workers whose pool says nothing; None: our own.
 
         inheritance: what the supervisor that this process was before left; its locks and lives are ours from here on.
         """
@@ -120,6 +122,7 @@ class Supervisor:
         self._host = Host()
         self._privileged = self._host.capable("SYS_ADMIN")
         self._environ = dict(os.environ)
+        self._descriptors = descriptors
         self._prepared: dict[str, plan.Prepared] = {}
         self._lives: dict[tuple[str, int], _Life] = {}
         self._launches: collections.deque[tuple[str, int]] = collections.deque()
@@ -497,7 +500,7 @@ class Supervisor:
         if spec.name in self.workers.pools or spec.name in self._prepared:
             return  # done; or the workers refuse it, and those of that name go on as they are
         account = plan.Account(*config.account(validate(spec), self._host))
-        prepared = plan.prepare(spec, account, self._environ, self._privileged)
+        prepared = plan.prepare(spec, account, self._environ, self._privileged, descriptors=self._descriptors)
         self._claim(spec.name)
         staged = self._custody is not None and spec.init and spec.on_supervisor_death == "keep"
         processes = [process for claim in self._claims.get(spec.name, ()) for process in claim.processes]

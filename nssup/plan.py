@@ -60,15 +60,18 @@ def prepare(
     inherited: Mapping[str, str],
     privileged: bool,
     notify: Notify | None = None,
+    descriptors: tuple[int, int] | None = None,
 ) -> "Prepared":
     """What all lives of the pool share. inherited: the supervisor's environment. privileged: it has CAP_SYS_ADMIN.
 
     notify: how its programs say that they are ready; NOTIFY_SOCKET is in their environment where that is a socket.
+    descriptors: soft and hard limit on them where the pool says nothing; None: as they are.
     """
     env = environment(spec, account.user, inherited)
+    said = {"nofile": descriptors} if descriptors is not None else {}
     limits = tuple(
         (RLIMITS[name], UNLIMITED if soft is None else soft, UNLIMITED if hard is None else hard)
-        for name, (soft, hard) in spec.rlimits.items()
+        for name, (soft, hard) in (said | spec.rlimits).items()
     )
     return Prepared(spec, env, namespaces_for(spec, privileged), account.identity, limits, notify)
 

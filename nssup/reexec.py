@@ -37,7 +37,8 @@ class Life(msgspec.Struct, frozen=True, array_like=True):
 class Inheritance(msgspec.Struct, frozen=True, kw_only=True):
     """host_pid: of the process it is for. from_version, epoch: of who left it. listener: the control socket, listening.
     locks: the lock files of the directories, locked. ends_at: when `--for` is over (CLOCK_BOOTTIME), None: never.
-    failed: why the exec did not happen; then it is for the same code again.
+    failed: why the exec did not happen; then it is for the same code again. soft_limit: on descriptors, that this
+    process was started with.
     """
 
     version: int = VERSION
@@ -49,6 +50,7 @@ class Inheritance(msgspec.Struct, frozen=True, kw_only=True):
     lives: tuple[Life, ...] = ()
     ends_at: float | None = None
     failed: str | None = None
+    soft_limit: int | None = None
 
     def descriptors(self) -> list[int]:
         return [self.listener, *self.locks, *(fd for life in self.lives for fd in life.descriptors())]

@@ -8,6 +8,7 @@ should that fail, this code goes on in its place.
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -39,9 +40,11 @@ def serve(config: Config, for_seconds: float | None = None) -> int:
     manager, given = systemd.take(os.environ, os.getpid())
     inheritance = _take_inheritance()
     ends_at = None if for_seconds is None else now() + for_seconds
+    descriptors = _take_descriptors(inheritance)
     try:
         while True:
-            session = _Session(config, manager, given, inheritance, inheritance.ends_at if inheritance else ends_at)
+            ends_at = inheritance.ends_at if inheritance else ends_at
+            session = _Session(config, manager, given, inheritance, ends_at, descriptors)
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 code = runner.run(session.run())
             if session.legacy is None:
@@ -59,6 +62,14 @@ def _take_inheritance() -> reexec.Inheritance | None:
     except ValueError as error:
         print(f"nssup: {error}", file=sys.stderr)
         return None
+
+
+def _take_descriptors(inheritance: reexec.Inheritance | None) -> tuple[int, int]:
+    """We may have as many as the hard limit allows: each worker takes four. The limits before, which workers get."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return (inheritance and inheritance.soft_limit) or soft, hard
 
 
 def _keep_standard_streams() -> None:
@@ -311,6 +322,7 @@ class _Session:
         given: list[systemd.Given],
         inheritance: reexec.Inheritance | None,
         ends_at: float | None,
+        descriptors: tuple[int, int],
     ) -> None:
         self.config = config
         self.legacy: reexec.Inheritance | None = None
@@ -320,9 +332,13 @@ class _Session:
         self._given = given
         self._inheritance = inheritance
         self._ends_at = ends_at
+        self._soft_limit = descriptors[0]
         self._becoming = False
         self._supervisor = Supervisor(
-            config.supervisor, stderr="text" if os.isatty(2) else "json", inheritance=inheritance
+            config.supervisor,
+            stderr="text" if os.isatty(2) else "json",
+            inheritance=inheritance,
+            descriptors=descriptors,
         )
         self._service: _Service
 
@@ -348,7 +364,9 @@ class _Session:
                     else:
                         await self._end()
         if supervisor.legacy is not None:
-            self.legacy = replace(supervisor.legacy, listener=listener_fd, ends_at=self._ends_at)
+            self.legacy = replace(
+                supervisor.legacy, listener=listener_fd, ends_at=self._ends_at, soft_limit=self._soft_limit
+            )
         return self.verdict.exit_code()
 
     def _listener(self) -> Listener:
