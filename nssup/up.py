@@ -182,7 +182,7 @@ class _Service:
                 timer.cancel()
 
     def _beat(self, every: float) -> None:
-        self._manager.tell("WATCHDOG=1")
+        self._manager.tell("WATCHDOG=1", patient=False)
         self._beat_due = self._loop.call_later(every, self._beat, every)
 
     def _note(self, event: Event) -> None:
@@ -191,7 +191,7 @@ class _Service:
 
     def _tell_status(self) -> None:
         self._status_due = None
-        self._manager.tell(self._status())
+        self._manager.tell(self._status(), patient=False)
 
     def _status(self) -> str:
         workers = self._supervisor.workers
@@ -439,5 +439,7 @@ class _Session:
         try:
             yield
         finally:
+            # The end is on its way: what comes now could only cut it off.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             for signo in _SIGNALS:
                 loop.remove_signal_handler(signo)
