@@ -55,8 +55,11 @@ class Manager:
     def listens(self) -> bool:
         return bool(self._address)
 
-    def tell(self, *lines: str, fds: Sequence[int] = ()) -> None:
-        """One message of NAME=VALUE lines, with descriptors to keep. A manager that is gone or deaf is no error."""
+    def tell(self, *lines: str, fds: Sequence[int] = (), patient: bool = True) -> None:
+        """One message of NAME=VALUE lines, with descriptors to keep. A manager that is gone or deaf is no error.
+
+        patient: wait, but not for long, until there is room for it.
+        """
         if not self._address:
             return
         with contextlib.suppress(OSError):
@@ -67,6 +70,8 @@ class Manager:
             try:
                 self._socket.sendmsg([data], rights, 0, self._address)
             except BlockingIOError:
+                if not patient:
+                    return
                 room = select.poll()
                 room.register(self._socket, select.POLLOUT)
                 room.poll(PATIENCE)

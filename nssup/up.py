@@ -26,7 +26,7 @@ from nssup.spec import SupervisorSpec, validate
 
 REHEARSE = "--rehearse"  # of `nssup up`: say whether it could take over, and do nothing
 REHEARSAL = 30.0  # seconds that a rehearsal may take
-STATUS_AFTER = 1.0  # seconds after a change until the service manager hears of it, and of all others since
+STATUS_AFTER = 0.5  # seconds after a change until the service manager hears of it, and of all others since
 _GRACE = 10.0  # seconds beyond the longest stop sequence that the service manager is asked for
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -243,8 +243,10 @@ class Up:
         env: Mapping[str, str] | None = None,
         asyncio_loop: bool = False,
         preexec: Callable[[], None] | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
-        """prefix: words before `nssup up`, of a program that execs it. preexec: run in the new process, before that."""
+        """prefix: words before `nssup up`, of a program that execs it. preexec: run in the new process, before that.
+        pass_fds: descriptors that it has as well."""
         self.directory = directory
         self.config = directory / "nssup.toml"
         self.config.write_text(config_text(directory, pools, supervisor))
@@ -263,6 +265,7 @@ class Up:
             stderr=subprocess.PIPE,
             env={**os.environ, **(env or {})},
             preexec_fn=preexec,
+            pass_fds=pass_fds,
         )
         self.host_pid = self.process.pid
         self.pidfd = os.pidfd_open(self.host_pid)
