@@ -629,8 +629,8 @@ class LogHub:
             while self._dirty:
                 pool = self._dirty.popleft()
                 pool.dirty = False
-                await asyncio.shield(self._write(pool))
-                if pool.waiting or (pool.closing and pool.file is not None):
+                wrote = await asyncio.shield(self._write(pool))  # one batch, and each staging memory has its own
+                if wrote or pool.waiting or (pool.closing and pool.file is not None):
                     self._mark_dirty(pool)
 
     async def _write(self, pool: _Pool) -> bool:

@@ -153,6 +153,24 @@ async def test_no_room_delays_and_loses_nothing(tmp_path: Path, monkeypatch: pyt
     assert streams_in(tmp_path) == {(f"web/{index}", 1): said for index, said, _ in lives}
 
 
+async def test_lives_that_end_at_once_are_all_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each staging memory has a batch of its own to write, and nobody says so twice."""
+    monkeypatch.setattr(logs, "LAYOUT", Layout(streams=4, half=4096, entries=8))
+    async with hub(tmp_path) as one:
+        lives = []
+        for index in range(13):
+            read, write = os.pipe()
+            lives.append(attach(one, read, index))
+            os.close(write)
+        waiting = []
+        for life in lives:
+            drained, tell = told()
+            one.drain(life, tell)
+            waiting.append(drained)
+        for drained in waiting:
+            await drained
+
+
 async def test_more_lives_than_one_memory_has_streams_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "LAYOUT", Layout(streams=4, half=4096, entries=8))
     async with hub(tmp_path) as one:
