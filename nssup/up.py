@@ -79,6 +79,10 @@ def _keep_standard_streams() -> None:
     os.close(fd)
 
 
+def _nothing() -> None:
+    """What a signal does that comes too late."""
+
+
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     try:
         import uvloop
@@ -439,7 +443,8 @@ class _Session:
         try:
             yield
         finally:
-            # The end is on its way: what comes now could only cut it off.
+            # The end is on its way, and what comes now could only cut it off. Our other threads still take signals, so
+            # handlers stay until the loop is closed; the mask is for the time after that.
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             for signo in _SIGNALS:
-                loop.remove_signal_handler(signo)
+                loop.add_signal_handler(signo, _nothing)
