@@ -582,10 +582,9 @@ class Control:
         judge = operation.aim(command.wait, operation.at_once, ())
         work: list[tuple[str, Input | None, Judge]] = []
         for each in self._meant(command, "kill"):
-            reachable = there[each].init_host_pid if command.tree else there[each].host_pid
-            work.append(
-                (each, Kill(signo, command.tree), judge) if reachable is not None else (each, None, operation.never)
-            )
+            w = there[each]
+            reachable = w.alive and (w.init_host_pid if command.tree else w.host_pid) is not None
+            work.append((each, Kill(signo, command.tree), judge) if reachable else (each, None, operation.never))
         return self._run("kill", work, command.timeout, call.text)
 
     def scale(self, call: Call) -> Answer:

@@ -178,6 +178,8 @@ class Snapshot:
     def worker(self, worker_id: str) -> render.WorkerDocument:
         source = self._source
         w = source.workers.workers[worker_id]
+        if w.state is State.LOST:  # whose the numbers are is not known: `orphans` tells them
+            w = replace(w, host_pid=None, ns_pid=None, init_host_pid=None, running_since=None)
         spec = source.workers.pools[w.pool]
         stats = source.stats(worker_id) if self._stats and w.alive else None
         running_since = w.running_since
