@@ -411,7 +411,9 @@ def _next_supervisor(path: str, epoch: int, patience: float) -> "dict[str, Any]"
             health: dict[str, Any] = msgspec.json.decode(answer.body())
         finally:
             sock.close()
-        if answer.status >= 400 or health["supervisor"]["epoch"] != epoch:
+        if answer.status >= 400:
+            raise client.ClientError(FAILED, health["error"]["message"])
+        if health["supervisor"]["epoch"] != epoch:
             return health
 
 

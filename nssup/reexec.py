@@ -78,11 +78,10 @@ def take(environ: MutableMapping[str, str]) -> Inheritance | None:
         return None
     try:
         fd = int(text)
-        data = os.pread(fd, os.fstat(fd).st_size, 0)
-        os.close(fd)
-        found = msgspec.json.decode(data, type=Inheritance)
+        found = msgspec.json.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=Inheritance)
         if found.host_pid != os.getpid() or not VERSION - 1 <= found.version <= VERSION:
             raise ValueError("it is for another process, or of another version")
+        os.close(fd)
         for each in found.descriptors():
             os.set_inheritable(each, False)
     except (OSError, ValueError, msgspec.MsgspecError) as error:

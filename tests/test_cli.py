@@ -276,6 +276,9 @@ async def test_what_goes_through_argparse_says_the_same(shell: Shell, monkeypatc
         ["pid", "web/0", "--ns"],
         ["which", "99"],
         ["ping"],
+        ["orphans"],
+        ["orphans", "--json"],
+        ["shutdown", "--leave-running", "--no-wait"],
     ]
     quick = [await shell(*words) for words in commands]
     monkeypatch.setattr(fast, "parse", lambda argv: None)
@@ -286,12 +289,28 @@ async def test_what_goes_through_argparse_says_the_same(shell: Shell, monkeypatc
         assert one.out[:40] == other.out[:40], words
 
 
+async def test_orphans_and_leave_running(shell: Shell) -> None:
+    shell.sup.add("web")
+    await shell.running("web/0")
+    assert await shell("orphans") == (0, "", "")
+    shell.sup.strange = ["slot 3 is torn"]
+    assert await shell("orphans") == (0, "slot 3 is torn\n", "")
+    assert await shell("shutdown", "--leave-running", "--no-wait") == (0, "web/0: left running\n", "")
+    assert shell.sup.left
+
+
+async def test_reexec_where_there_is_nothing_to_exec(shell: Shell) -> None:
+    assert await shell("reexec") == (1, "", "nssup: this supervisor is part of another program\n")
+    said = await shell("reexec", "--json")
+    assert (said.code, json.loads(said.out)["error"]["code"]) == (1, "not-possible")
+
+
 # Nobody there, or not for us.
 
 
 def test_no_supervisor(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "none.sock"
-    for verb in ("status", "logs"):
+    for verb in ("status", "logs", "reexec"):
         said = say("ctl", verb, "--socket", str(path), capfd=capfd)
         assert (said.code, said.out) == (69, "")
         assert said.err.startswith(f"nssup: no supervisor at {path}: No such file or directory (")
@@ -378,6 +397,28 @@ async def test_a_supervisor_that_dies_in_the_middle(
         code = await asyncio.to_thread(main, ["ctl", "ping", "--socket", str(tmp_path / "s.sock")])
     assert code == 69
     assert "went away" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("verb", "code"), [("ping", 0), ("start", 69)])
+async def test_who_was_hung_up_on_without_a_word_asks_once_more(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], verb: str, code: int
+) -> None:
+    """What changes nothing: of the rest nobody knows whether it was heard."""
+    asked = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhi\n")
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, tmp_path / "s.sock")
+    assert await asyncio.to_thread(main, ["ctl", verb, "--socket", str(tmp_path / "s.sock")]) == code
+    assert (asked, capfd.readouterr().out) == ((2, "hi\n") if code == 0 else (1, ""))
+    server.close()
+    await server.wait_closed()
 
 
 async def test_a_supervisor_that_does_not_answer(
@@ -580,6 +621,7 @@ def test_what_is_no_utf_8_can_be_said() -> None:
     "words",
     [["status", "-h"], ["logs"], ["nosuch"], [], ["stop", "--timeout"], ["stop", "--timeout", "x"], ["status", "-aq"],
      ["ping", "web"], ["pid"], ["which"], ["which", "1", "2"], ["scale", "1"], ["wait", "--for", "ever"],
+     ["orphans", "web"], ["reexec"], ["shutdown", "--leave"],
      ["stop", "-9"], ["status", "--socket="], ["status", "--json=1"], ["scale", "web", "-x"]],
 )  # fmt: skip
 def test_what_is_odd_is_left_to_argparse(words: list[str]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import subprocess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -14,6 +15,8 @@ from msgspec.structs import replace
 
 from nssup import ctl, http, operation
 from nssup.ctl import ControlServer
+from nssup.custody import Orphan
+from nssup.errors import ControlError
 from nssup.events import Exit, State, Stop
 from nssup.spec import RestartPolicy
 
@@ -638,6 +641,122 @@ async def test_a_bad_query_is_refused(site: Site, query: str) -> None:
     assert (await site.get(f"/v1/status?{query}")).status in (400, 404)
 
 
+async def test_shutdown_may_leave_who_can_go_on(site: Site) -> None:
+    site.sup.add("keep", workers=2)
+    site.sup.add("die", on_supervisor_death="die")
+    site.sup.add("down", enabled=False)
+    await site.until("die/0", State.RUNNING)
+    asking = site.ask("POST", "/v1/shutdown", {"wait": True, "leave_running": True})
+    async with asyncio.TaskGroup() as group:
+        asked = group.create_task(asking)
+        await site.sup.asked_to_end.wait()
+        assert site.sup.left
+        site.sup.feed("die/0", Stop())
+    answer = asked.result()
+    assert (answer.status, answer.exit) == (200, 0)
+    assert (answer.json["left"], answer.json["stopped"]) == (["keep/0", "keep/1"], ["die/0"])
+    assert answer.outcome == {"keep/0": ("running", True), "keep/1": ("running", True), "die/0": ("stopped", True)}
+
+
+async def test_orphans(site: Site) -> None:
+    assert (await site.get("/v1/orphans")).json == {"orphans": [], "set_aside": []}
+    assert (await site.get("/v1/orphans", text=True)).texts == ("", "")
+    site.sup.lost = [Orphan("web/0", 3, 50, 51, "lost:EPERM"), Orphan("web/1", 1, None, None, "lost:unproven")]
+    site.sup.strange = ["slot 3 is torn"]
+    answer = await site.get("/v1/orphans", text=True)
+    assert (answer.exit, *answer.texts) == (
+        0,
+        "web/0 generation 3: init's host PID 50, its program's 51: lost:EPERM\n"
+        "web/1 generation 1: init's host PID -, its program's -: lost:unproven\n"
+        "slot 3 is torn\n",
+        "",
+    )
+    assert (await site.get("/v1/orphans")).json["orphans"][1] == {
+        "worker": "web/1",
+        "generation": 1,
+        "init_host_pid": None,
+        "host_pid": None,
+        "reason": "lost:unproven",
+    }
+
+
+async def test_who_is_lost_is_not_told_as_if_it_were_ours(site: Site) -> None:
+    site.sup.add("web")
+    await site.until("web/0", State.RUNNING)
+    there = site.sup.workers.workers
+    there["web/0"] = replace(there["web/0"], state=State.LOST, alive=False, reason="lost:unproven")
+    worker = (await site.get("/v1/status")).json["workers"][0]
+    assert [worker[key] for key in ("host_pid", "ns_pid", "init_host_pid", "uptime_seconds")] == [None] * 4
+    for tree in (False, True):
+        answer = await site.post("kill", "web", tree=tree)
+        assert (answer.exit, answer.outcome) == (1, {"web/0": ("lost", False)})
+    assert site.sup.signals == []
+
+
+async def test_a_supervisor_inside_a_program_cannot_exec(site: Site) -> None:
+    answer = await site.ask("POST", "/v1/reexec", {})
+    assert (answer.status, answer.error[0]) == (409, "not-possible")
+
+
+class Upgrade:
+    """The host of a supervisor that would exec."""
+
+    failed: str | None = None
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.refusal: ControlError | None = None
+
+    async def rehearse(self) -> str:
+        if self.refusal is not None:
+            raise self.refusal
+        return "9.9"
+
+    def begin(self) -> None:
+        self.begun += 1
+
+
+async def test_reexec_answers_before_it_happens(tmp_path: Path) -> None:
+    sup, upgrade = Supervisor(tmp_path), Upgrade()
+    async with ControlServer(sup, str(tmp_path / "s.sock"), upgrade=upgrade) as server:
+        site = Site(sup, server)
+        answer = await site.ask("POST", "/v1/reexec", {})
+        assert (answer.status, upgrade.begun) == (200, 1)
+        assert (answer.json["supervisor"]["epoch"], answer.json["version"]) == (7, "9.9")
+        upgrade.refusal = ControlError("refused", "no", http_status=409)
+        assert (await site.ask("POST", "/v1/reexec", {})).error[:2] == ("refused", "no")
+        assert upgrade.begun == 1
+        assert "reexec_failed" not in (await site.get("/healthz")).json
+        upgrade.failed = "cannot exec"
+        assert (await site.get("/healthz")).json["reexec_failed"] == "cannot exec"
+        await site.close()
+    await sup.close()
+
+
+async def test_a_peer_that_has_ended_is_refused(site: Site) -> None:
+    """It may have been anybody."""
+    request = http.Request("GET", "/v1/status", "", {}, b"", http.Peer(os.getpid(), os.geteuid(), 0))
+    assert _status(site, request) == 200
+    assert _status(site, request._replace(peer=request.peer._replace(ended=True))) == 403
+    pidfd = await asyncio.to_thread(_ended)
+    assert _status(site, request._replace(peer=http.Peer(os.getpid(), os.geteuid(), 0, pidfd))) == 403
+    os.close(pidfd)
+    # One that cannot be seen from here is in no namespace of our workers: these can.
+    assert _status(site, request._replace(peer=http.Peer(0, os.geteuid(), 0))) == 200
+
+
+def _ended() -> int:
+    """A pidfd of a process that has ended."""
+    with subprocess.Popen(["true"]) as process:
+        return os.pidfd_open(process.pid)
+
+
+def _status(site: Site, request: http.Request) -> int:
+    answer = site.server.app(request)
+    assert isinstance(answer, ctl.Reply)
+    return answer.status
+
+
 async def test_strangers_are_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.sup.add("web")
     request = http.Request("GET", "/v1/status", "", {}, b"", http.Peer(1, 65534, 65534))
@@ -690,7 +809,5 @@ async def test_curl_speaks_it(site: Site) -> None:
 
 
 def _run(command: list[str]) -> tuple[int, bytes]:
-    import subprocess
-
     done = subprocess.run(command, capture_output=True, check=False, timeout=20)
     return done.returncode, done.stdout

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,6 +285,29 @@ def test_when_the_exec_fails_the_code_of_before_goes_on(tmp_path: Path, installe
             assert failed["reason"].endswith("No such file or directory")
             assert seen(up) == before
         assert zombies(up.host_pid) == []
+
+
+def test_how_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    for original, seen, start in (
+        (["python3", "-X", "dev", "/bin/nssup", "up"], ["/bin/nssup", "up"], ["-X", "dev", "/bin/nssup"]),
+        (["python3", "-m", "nssup", "up"], ["/lib/nssup/__main__.py", "up"], ["-m", "nssup"]),
+        (["python3", "-c", "main()", "up"], ["-c", "up"], ["-c", "main()"]),
+    ):
+        monkeypatch.setattr(sys, "orig_argv", original)
+        monkeypatch.setattr(sys, "argv", seen)
+        assert reexec.command() == (["/usr/bin/python3", *start], ["up"])
+    monkeypatch.setattr(sys, "argv", ["program", "something", "else"])
+    assert reexec.command() is None
+
+
+@pytest.mark.parametrize("value", ["", "x", "99", "0", "-1"])
+def test_an_inheritance_that_is_none(tmp_path: Path, value: str) -> None:
+    with Up(tmp_path, KINDS, env={reexec.VARIABLE: value}) as up:
+        up.wait_running(*ALIVE)
+        assert os.readlink(f"/proc/{up.host_pid}/fd/0") == "/dev/null"
+        assert up.end() == 0
+        assert any(line.startswith(f"nssup: NSSUP_INHERITANCE={value}: ") for line in up.said)
 
 
 # --- what happens in the gap ------------------------------------------------------------------------------------------
