@@ -374,6 +374,7 @@ class LogHub:
             self._own(life, staging, number)
             if staging.streams[number].ending:
                 life._pool.ending.add((staging, number))
+                self._mark_dirty(life._pool)  # whoever ended it may have died before all of it was written, or after
                 os.close(fd)
                 return
         framer = Framer(life.worker_id, life.generation, STREAMS[kind])
@@ -647,6 +648,8 @@ class LogHub:
             last = pool.closing and not something
             if something or (last and pool.outage):
                 await self._write_batch(pool, file, batch)
+            elif pool.ending:
+                self._release(pool)
             if last and pool.closing and not pool.waiting:
                 del self._pools[pool.name]
                 pool.file = None
