@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from live import Up, locked_by, needs_namespaces, nssup, status_field, wait_gone
+from live import Up, locked_by, needs_namespaces, nssup, opened, status_field, wait_gone, wait_readable
 
 from nssup import reexec
 
@@ -186,6 +186,36 @@ def test_for_goes_on_from_where_it_was(tmp_path: Path) -> None:
         adopted, stopped = up.wait("adopted", "web/0"), up.wait("stop_begun", "web/0", epoch=2)
         seconds = [float(event["ts"][17:26]) for event in (adopted, stopped)]
         assert (seconds[1] - seconds[0]) % 60 < 1.5
+
+
+def test_what_the_death_of_the_supervisor_means_can_change(tmp_path: Path) -> None:
+    """By the config, for workers that are there: neither is stopped, and what they write stays whole."""
+    script = "trap 'echo again' USR1; echo up; while :; do sleep 1000 & wait $!; done"
+    pool = f'command = ["sh", "-c", "{script}"]\non_supervisor_death ='
+    first = f'[pool.one]\n{pool} "keep"\n[pool.two]\n{pool} "die"\n'
+    then = f'[pool.one]\n{pool} "die"\n[pool.two]\n{pool} "keep"\n'
+    with Up(tmp_path, first) as up:
+        up.leaves = True
+        for name in ("one", "two"):
+            up.wait_record(name, lambda record: record.get("msg") == "up")
+        before = seen(up)
+        up.config.write_text(up.config.read_text().replace(first, then))
+        assert up.ctl("reexec").code == 0
+        assert seen(up) == before
+        assert up.ctl("kill", "-s", "USR1", "--all").code == 0
+        for name in ("one", "two"):
+            up.wait_record(name, lambda record: record.get("msg") == "again")
+        with opened(before["one/0"]["init_host_pid"]) as pidfd:
+            up.process.kill()
+            up.wait_end()
+            wait_readable(pidfd, "it outlives its supervisor")
+        with Up(tmp_path, then) as after:
+            one, two = after.wait_running("one/0", "two/0")
+            assert (one["generation"], two["generation"]) == (2, 1)
+            assert two["host_pid"] == before["two/0"]["host_pid"]
+            after.wait_record("one", lambda record: record["generation"] == 2)
+            said = {name: [(r["offset"], r["msg"]) for r in after.records(name)] for name in ("one", "two")}
+        assert said == {"one": [(0, "up"), (3, "again"), (0, "up")], "two": [(0, "up"), (3, "again")]}
 
 
 def test_an_essential_pool_still_ends_it_with_its_code(tmp_path: Path) -> None:
