@@ -223,6 +223,11 @@ def _check(arguments: "Namespace") -> int:
 
 
 def _up(arguments: "Namespace") -> int:
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until there is something to stop, Ctrl-C just ends us: no KeyboardInterrupt in the middle of an import.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from nssup import config, facts, up
     from nssup.errors import NssupError, SpecError
 

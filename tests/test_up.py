@@ -193,6 +193,18 @@ def test_shutdown_is_the_end(tmp_path: Path) -> None:
         assert up.wait("stopped", "deaf/0")["generation"] == 1
 
 
+def test_ctrl_c_before_anything_runs(tmp_path: Path) -> None:
+    """It just ends, and says nothing."""
+    config = tmp_path / "nssup.toml"
+    os.mkfifo(config)
+    with subprocess.Popen([*NSSUP, "up", "-c", str(config)], stderr=subprocess.PIPE) as process:
+        writing = os.open(config, os.O_WRONLY)  # it is there, and waits for what the config says
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE)
+        os.close(writing)
+    assert (process.returncode, said) == (-signal.SIGINT, b"")
+
+
 # --- the middle -------------------------------------------------------------------------------------------------------
 
 
