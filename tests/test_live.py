@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 import os
+import random
+import select
 import signal
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from live import PATIENCE, PidNamespaces, Witness, namespace_pids, needs_namespaces, wait_readable
@@ -602,3 +604,97 @@ async def test_a_program_that_ignores_sigchld(live: tuple[Supervisor, Witness]) 
             assert (await witness.wait("failed", f"web/{index}")).reason == "exit:3"
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+# --- everything at once -----------------------------------------------------------------------------------------------
+
+CHAOS = int(os.environ.get("NSSUP_CHAOS", "400"))  # things that happen
+
+
+class Chaos:
+    """Random wishes of operators and random deaths; holds every program that ran by a pidfd."""
+
+    def __init__(self, supervisor: Supervisor, seed: str) -> None:
+        self.rng = random.Random(seed)
+        self.supervisor = supervisor
+        self.programs: dict[str, int] = {}
+        self.two_at_once: list[Event] = []
+        self.complaints: list[dict[str, Any]] = []
+        self.events = 0
+        supervisor.subscribe(self.note)
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: self.complaints.append(context))
+
+    def note(self, event: Event) -> None:
+        self.events += 1
+        if event.event != "started" or event.worker is None or event.host_pid is None:
+            return
+        before = self.programs.pop(event.worker, None)
+        if before is not None:
+            if not select.select([before], [], [], 0)[0]:
+                self.two_at_once.append(event)
+            os.close(before)
+        with contextlib.suppress(ProcessLookupError):  # gone already
+            self.programs[event.worker] = os.pidfd_open(event.host_pid)
+
+    def step(self) -> None:
+        rng, workers = self.rng, list(self.supervisor.workers.workers.values())
+        worker = rng.choice(workers) if workers else None
+        if worker is None or rng.random() < 0.1:
+            self.supervisor.scale(rng.choice(list(self.supervisor.workers.pools)), rng.randrange(7))
+        elif rng.random() < 0.6:
+            signo, tree = (
+                rng.choice([signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT]),
+                rng.random() < 0.5,
+            )
+            self.supervisor.feed(worker.id, rng.choice([Start(), Stop(), Restart(), Kill(signo, tree=tree)]))
+        elif rng.random() < 0.5:
+            if worker.id in self.programs:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self.programs[worker.id], rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        elif worker.init_host_pid is not None:
+            os.kill(worker.init_host_pid, signal.SIGKILL)  # not reaped yet, so it is still that one
+
+    def close(self) -> None:
+        for pidfd in self.programs.values():
+            os.close(pidfd)
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_everything_at_once(tmp_path: Path, seed: int) -> None:
+    """Whatever is asked and whoever dies: never two lives of a worker, and in the end nothing is left."""
+    hiding = 'trap "" TERM; (setsid sleep 1000 &); (setsid sh -c "trap : TERM; sleep 1000" &); echo up; sleep 1000'
+    stop = (StopStep(signal.SIGTERM, 0.02), StopStep(None))
+    pools = [
+        pool("web", workers=4, stop=stop, restart=policy(0.001)),
+        pool("hiding", "sh", "-c", hiding, workers=3, stop=stop, restart=policy(0.001, settle=0.01)),
+        pool(
+            "crasher",
+            "sh",
+            "-c",
+            "echo no; exit $((NSSUP_GENERATION % 3))",
+            workers=3,
+            stop=stop,
+            restart=policy(0.001),
+        ),
+        pool("gone", "/not/here", restart=policy(0.005)),
+        pool("bare", workers=2, init=False, stop=AT_ONCE, restart=policy(0.001)),
+        pool("job", "true", workers=2, type="oneshot", restart=RestartPolicy(policy="never")),
+    ]
+    async with Supervisor(directories(tmp_path)) as supervisor:
+        chaos = Chaos(supervisor, f"chaos {seed}")
+        try:
+            supervisor.add_pools(pools)
+            for _ in range(CHAOS):
+                chaos.step()
+                for _ in range(chaos.rng.randrange(40)):
+                    await asyncio.sleep(0)
+            async with asyncio.timeout(PATIENCE):
+                await supervisor.stop_all()
+            assert {worker.state for worker in supervisor.workers.workers.values()} <= {State.STOPPED}
+            assert chaos.two_at_once == []
+            assert chaos.complaints == []
+        finally:
+            chaos.close()
+    records = [json.loads(line) for line in (tmp_path / "l" / "nssup.jsonl").read_text().splitlines()]
+    assert [record["seq"] for record in records] == list(range(1, len(records) + 1))
+    assert len(records) == chaos.events
