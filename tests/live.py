@@ -81,10 +81,11 @@ class PidNamespaces:
         self._fds: dict[int, int] = {}
 
     def hold(self, host_pid: int) -> None:
-        """That of the process; nothing if it is gone."""
+        """That of the process; nothing if it is gone. Never our own: some kill all that are in these."""
         with contextlib.suppress(OSError):
             fd = os.open(f"/proc/{host_pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-            if self._fds.setdefault(os.fstat(fd).st_ino, fd) != fd:
+            inode = os.fstat(fd).st_ino
+            if inode == os.stat("/proc/self/ns/pid").st_ino or self._fds.setdefault(inode, fd) != fd:
                 os.close(fd)
 
     def processes(self) -> list[int]:
@@ -282,13 +283,29 @@ class Up:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        clean = False
         try:
             if self.code is None and kind is None:
                 self.end()
             if kind is None and not self.leaves and (left := self.left()):
                 pytest.fail(f"left behind: {left}, code {self.code}, {self.said} {self.events}")
+            clean = kind is None
         finally:
+            if not clean:
+                self._clean_up()
             self.close()
+
+    def _clean_up(self) -> None:
+        """A test that fails leaves nothing to others either: not even workers that may outlive their supervisor."""
+        if self.process.returncode is None:
+            self.process.kill()
+            self.process.wait()
+        for host_pid in marked(self.directory):
+            self.pid_namespaces.hold(host_pid)
+        for host_pid in self.pid_namespaces.processes():
+            with opened(host_pid) as pidfd, contextlib.suppress(ProcessLookupError):
+                if pidfd is not None:
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """Whatever state it is in: its process is ended and nothing of ours stays open."""
