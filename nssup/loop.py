@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -21,7 +22,7 @@ from msgspec.structs import replace
 from nssup import __version__, adopt, clone, config, machine, plan, procfs, reexec, wire
 from nssup.custody import Claim, Custody, Directories, Orphan, no_room, refused
 from nssup.desired import Desired
-from nssup.errors import ControlError, LaunchError, errno_name
+from nssup.errors import ControlError, ExitCode, LaunchError, errno_name
 from nssup.events import (
     Empty,
     Event,
@@ -546,6 +547,24 @@ class Supervisor:
         wanted = wire.Policy.DIE if spec.on_supervisor_death == "die" else wire.Policy.KEEP
         if life.pool in self._configured and life.process.policy is not wanted:
             life.process.change_policy(wanted)
+
+    def set_on_supervisor_death(self, pool: str, what: Literal["keep", "die"]) -> None:
+        """From now on this becomes of the pool's workers when we die, of those that run as of those to come.
+
+        Raises ControlError: there is no such pool, or who would be kept cannot be found again: nobody keeps notes, they
+        cannot be written, or the workers have no init.
+        """
+        if pool not in self.workers.pools:
+            raise ControlError("no-such-pool", f"there is no pool {pool}", http_status=404, exit_code=ExitCode.NO_SUCH)
+        spec = self._prepared[pool].spec
+        if what == "keep" and (self._custody is None or self._custody.failed or not spec.init):
+            raise ControlError("not-kept", f"nobody could take over the workers of {pool} when we are gone")
+        changed = replace(spec, on_supervisor_death=what)
+        self._prepared[pool] = self._prepared[pool]._replace(spec=changed)
+        self.workers.pools[pool] = replace(self.workers.pools[pool], on_supervisor_death=what)
+        for life in self._lives.values():
+            if life.pool == pool and life.process.has_init:
+                self._fit_policy(life)
 
     def _watch_life(self, life: _Life) -> None:
         if life.process.line >= 0:

@@ -11,6 +11,10 @@
 #include <linux/capability.h>
 #include <linux/prctl.h>
 #include <linux/sched.h>
+#ifdef NSSUP_FAILPOINTS
+#include <poll.h>
+#include <stdlib.h>
+#endif
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
@@ -93,6 +97,20 @@ static long keep_capabilities(void)
 	return r;
 }
 
+#ifdef NSSUP_FAILPOINTS
+/* As if the exec of init took until the supervisor is dead, where a test wants to kill it in that window. */
+static int slow_exec;
+
+static void wait_for_death(void)
+{
+	struct pollfd supervisor = {FD_SUPERVISOR, POLLIN, 0};
+	if (slow_exec)
+		sys5(__NR_ppoll, &supervisor, 1, NULL, NULL, 0);
+}
+#else
+#define wait_for_death() ((void)0)
+#endif
+
 static int child(void *arg)
 {
 	struct launch *l = arg;
@@ -106,6 +124,7 @@ static int child(void *arg)
 		return give_up(l, STEP_PIPES, r);
 	if (l->user_ns && (r = keep_capabilities()) < 0)
 		return give_up(l, STEP_CLONE, r);
+	wait_for_death();
 	r = sys5(__NR_execveat, FD_INIT_EXE, "", argv, envp, AT_EMPTY_PATH);
 	return give_up(l, STEP_EXEC_INIT, r);
 }
@@ -179,6 +198,9 @@ static PyObject *clone_py(PyObject *self, PyObject *args)
 		return NULL;
 	}
 	l.user_ns = (flags & CLONE_NEWUSER) != 0;
+#ifdef NSSUP_FAILPOINTS
+	slow_exec = getenv("NSSUP_FAILPOINT") != NULL;
+#endif
 	long host_pid = launch_init(&l, flags, cgroup, &pidfd);
 	if (host_pid < 0)
 		return Py_BuildValue("(iiii)", -1, 0, l.step, l.error);
