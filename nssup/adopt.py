@@ -6,6 +6,7 @@ Decisions: docs/adr/0004-taking-over.md.
 """
 
 import math
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -43,6 +44,9 @@ KEPT = (
     "last_exit",
 )
 _KEPT_EXIT = ("reason", "code", "signal", "core", "oom", "timed_out", "cpu_seconds", "max_rss_bytes", "at")
+_kept = attrgetter(*KEPT)
+_kept_exit = attrgetter(*_KEPT_EXIT)
+_encode = msgspec.msgpack.Encoder().encode
 _LIVING = frozenset({State.STARTING, State.RUNNING, State.STOPPING})
 _AT_REST = frozenset({State.STOPPED, State.FAILED, State.DONE})
 
@@ -60,12 +64,12 @@ def keep(worker: Worker) -> bytes:
 
     What would not fit goes without how the life before ended.
     """
-    values: list[Any] = [getattr(worker, name) for name in KEPT]
+    values: list[Any] = list(_kept(worker))
     for number in (-2, -1):
         found: Exit | None = values[number]
-        values[number] = None if found is None else [getattr(found, name) for name in _KEPT_EXIT]
-    body = msgspec.msgpack.encode(values)
-    return body if len(body) <= BODY_MAX else msgspec.msgpack.encode([*values[:-1], None])
+        values[number] = None if found is None else _kept_exit(found)
+    body = _encode(values)
+    return body if len(body) <= BODY_MAX else _encode([*values[:-1], None])
 
 
 def place_of(worker_id: str) -> tuple[str, int] | None:

@@ -244,11 +244,13 @@ class Custody:
 
     def changed(self, worker_id: str, worker: Worker | None) -> None:
         """Note the worker as it is now; None: it is forgotten."""
-        with self._noting():
+        try:  # not `_noting`, which would cost as much as the note
             if worker is None:
                 self._forget_worker(worker_id)
             else:
                 self._note(worker_id, worker)
+        except OSError as error:
+            self.failed = error
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:

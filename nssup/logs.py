@@ -291,7 +291,7 @@ class LogHub:
         if staging is None:
             return False
         index = int(worker_id.partition("/")[2])
-        numbers = [_stream_of(staging, index, generation, kind) for kind in range(len(STREAMS))]
+        numbers = [staging.find(index, generation, kind) for kind in range(len(STREAMS))]
         return any(number >= 0 and staging.streams[number].state.host_pid for number in numbers)
 
     def settle(self, name: str, lives: Container[tuple[str, int]]) -> None:
@@ -368,7 +368,7 @@ class LogHub:
         number = -1
         if staging is not None:
             index = int(life.worker_id.partition("/")[2])
-            number = _stream_of(staging, index, life.generation, kind)
+            number = staging.find(index, life.generation, kind)
             if number < 0:
                 number = staging.attach(index, life.generation, kind)
             self._own(life, staging, number)
@@ -826,14 +826,6 @@ async def _append_staged(file: LogFile, batch: Batch, marks: bytes, data: bytes)
     batch.begin(status)
     more, error = await file.append(data)
     return kept + more, error
-
-
-def _stream_of(staging: Staging, worker: int, generation: int, kind: int) -> int:
-    """The number of a stream that is there already; -1: it is not."""
-    for number, stream in staging.streams.items():
-        if stream.state[:3] == (worker, generation, kind):
-            return number
-    return -1
 
 
 def _nothing() -> None:

@@ -134,6 +134,7 @@ class Supervisor:
         self._rested: asyncio.Future[None] | None = None
         self._shutdown: asyncio.Future[None] | None = None
         self._custody: Custody | None = None
+        self._unnoted: str | None = None  # a worker whose next change is noted with the one after it
         self._claims: dict[str, list[Claim]] = {}  # of pools that are prepared and not added yet
         self._desired: Desired | None = None
         self._configured: dict[str, int] = {}  # pool -> its workers as the config has them
@@ -801,10 +802,24 @@ class Supervisor:
                 for event in adopt.known(worker, message.host_pid, message.ns_pid):
                     self.feed(life.worker_id, event)
             return
-        self.feed(life.worker_id, Started(generation, message.host_pid, message.ns_pid))
+        started = Started(generation, message.host_pid, message.ns_pid)
         if life.process.has_init:
             life.running = True
-            self.feed(life.worker_id, Running(generation))
+            self._feed_both(life.worker_id, started, Running(generation))
+        else:
+            self.feed(life.worker_id, started)
+
+    def _feed_both(self, worker_id: str, first: Input, second: Input) -> None:
+        """Two events at once, noted as one. The first must be one that nothing is done about."""
+        self._unnoted = worker_id
+        try:
+            self.feed(worker_id, first)
+        finally:
+            self._unnoted = None
+        worker = self.workers.workers[worker_id]
+        self.feed(worker_id, second)
+        if self.workers.workers.get(worker_id) is worker:  # the second changed nothing
+            self._changed(worker_id, worker)
 
     def _attach(self, life: _Life) -> Streams:
         process = life.process
@@ -889,7 +904,7 @@ class Supervisor:
 
     def _changed(self, worker_id: str, worker: machine.Worker | None) -> None:
         """The notes come before the deed: whoever comes after us must know what we were about to do."""
-        if self._custody is None:
+        if self._custody is None or worker_id == self._unnoted:
             return
         if worker is not None and worker_id in self._returning:
             worker = replace(worker, want_up=True, again=worker.alive)

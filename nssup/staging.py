@@ -284,9 +284,9 @@ class Staging:
         self._numbers[state[:3]] = number
         return number
 
-    def find(self, worker: int, generation: int, stream: int) -> int | None:
-        """The number of a stream that has a place already."""
-        return self._numbers.get((worker, generation, stream))
+    def find(self, worker: int, generation: int, stream: int) -> int:
+        """The number of a stream that is there already; -1: it is not."""
+        return self._numbers.get((worker, generation, stream), -1)
 
     def identify(self, number: int, host_pid: int, ns_pid: int) -> None:
         """Says a stream's PIDs, before anything of it is taken: records that are made again must say the same.
