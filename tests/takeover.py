@@ -3,6 +3,7 @@
     python tests/takeover.py points [NAME...]            every case, or those whose names hold NAME
     python tests/takeover.py random [--kills 50] [--workers 200] [--seed N]
     python tests/takeover.py recovery [--kills 100] [--workers 200] [--seed N]
+    python tests/takeover.py redis [--kills 5]           redis-server under redis-benchmark
 
 Runs in a PID namespace of its own, whose PID 1 is this program: all that is in there is the supervisor's, or a leak.
 The supervisor is the real `nssup up` in a process of its own; where it dies is patched in from outside, so that the
@@ -1452,6 +1453,67 @@ def recovery_kills(kills: int, workers: int, seed: int, longest: float = 0.05) -
         return int(bool(wrong or wrong_exits))
 
 
+# --- a real one ------------------------------------------------------------------------------------------------------
+
+
+def redis(kills: int, requests: int) -> int:
+    """A redis-server under load, whose supervisor is killed and started again: its clients see no error."""
+    with a_site() as site:
+        socket = site.home / "redis.sock"
+        server = f"exec redis-server --port 0 --unixsocket {socket} --save '' --dir {site.home} > {site.home}/redis.log"
+        site.write_config(pool("redis", server))
+        site.start()
+        site.wait_answer()
+        before = site.until_state("redis/0", "running")
+        site.until(socket.exists, "it listens")
+        site.until(lambda: _redis(socket, "ping").strip() == "PONG", "it answers")
+        run_id = _field(_redis(socket, "info", "server"), "run_id")
+        load = subprocess.Popen(
+            ["redis-benchmark", "-s", str(socket), "-t", "set,get", "-c", "20", "-n", str(requests), "-q", "-l"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        wrong = []
+
+        def commands() -> int:
+            return int(_field(_redis(socket, "info", "stats"), "total_commands_processed"))
+
+        def serves(more: int, what: str) -> None:
+            goal = commands() + more
+            site.until(lambda: commands() > goal, what)
+
+        for _ in range(kills):
+            serves(10_000, "it serves")
+            site.kill()
+            serves(10_000, "it serves without a supervisor")
+            site.start()
+            site.wait_answer()
+            wrong += same_life(before, site.until_state("redis/0", "running"))
+        wrong += [f"the load ended with {load.returncode}"] if load.poll() is not None else []
+        load.terminate()
+        said = load.communicate()[0]
+        wrong += [line for line in said.replace("\r", "\n").splitlines() if "rror" in line or "closed" in line][:5]
+        after = site.status()["redis/0"]
+        uptime = int(_field(_redis(socket, "info", "server"), "uptime_in_seconds"))
+        wrong += [] if _field(_redis(socket, "info", "server"), "run_id") == run_id else ["another redis"]
+        print(f"{kills} kills under load, {commands()} commands, faults {len(wrong)}")
+        print(
+            f"  host PID {before['host_pid']} -> {after['host_pid']}, up {uptime} s, for us {after['uptime_seconds']} s"
+        )
+        for what in wrong:
+            print("  ", what)
+        return int(bool(wrong))
+
+
+def _redis(socket: Path, *words: str) -> str:
+    return subprocess.run(["redis-cli", "-s", str(socket), *words], capture_output=True, text=True, check=False).stdout
+
+
+def _field(text: str, name: str) -> str:
+    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(f"{name}:")), "0")
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -1463,9 +1525,13 @@ def main(argv: list[str]) -> int:
         parsed.add_argument("--kills", type=int, default=kills)
         parsed.add_argument("--workers", type=int, default=200)
         parsed.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2), "little"))
+    parsed = verbs.add_parser("redis")
+    parsed.add_argument("--kills", type=int, default=5)
     options = parser.parse_args(argv)
     if options.verb == "points":
         return in_own_namespace(lambda: points(options.names, options.part))
+    if options.verb == "redis":
+        return in_own_namespace(lambda: redis(options.kills, 100_000_000))
     run = random_kills if options.verb == "random" else recovery_kills
     return in_own_namespace(lambda: run(options.kills, options.workers, options.seed))
 

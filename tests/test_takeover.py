@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,9 @@ def test_killed_at_random_instants() -> None:
 @pytest.mark.slow
 def test_killed_while_it_recovers() -> None:
     print(run("recovery", "--kills", "25", "--workers", "20", "--seed", "5"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("redis-server") or not shutil.which("redis-benchmark"), reason="needs redis")
+def test_redis_under_load_does_not_notice() -> None:
+    print(run("redis"))
