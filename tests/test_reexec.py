@@ -44,9 +44,11 @@ ALIVE = ("keep/0", "keep/1", "die/0", "bare/0")
 SAME = ("host_pid", "ns_pid", "init_host_pid", "generation", "restarts", "namespaces", "last_exit", "state", "desired")
 
 
-@pytest.fixture
-def up(tmp_path: Path) -> Iterator[Up]:
-    with Up(tmp_path, KINDS) as running:
+@pytest.fixture(params=["uvloop"])
+def up(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Up]:
+    (tmp_path / "uvloop.py").write_text("raise ImportError")
+    env = {"PYTHONPATH": str(tmp_path)} if request.param == "asyncio" else {}
+    with Up(tmp_path, KINDS, env=env) as running:
         running.wait_running(*ALIVE)
         running.wait("finished", "once/0")
         yield running
@@ -72,6 +74,7 @@ def changes(up: Up, epoch: int) -> list[str]:
 # --- reexec -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("up", ["uvloop", "asyncio"], indirect=True)
 def test_nobody_notices(up: Up) -> None:
     before, uptimes = seen(up), {w["id"]: w["uptime_seconds"] for w in up.status()["workers"]}
     said = up.ctl("reexec")
