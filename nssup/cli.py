@@ -33,7 +33,7 @@ VERBS = {
     "stop": "stop workers by their stop sequence",
     "restart": "stop workers and start them again",
     "kill": "send a signal to workers",
-    "scale": "have another number of workers",
+    "scale": "have another number of workers, for good",
     "wait": "wait until workers are as wanted",
     "shutdown": "stop everything and end the supervisor",
     "reexec": "have the supervisor become the code that is installed now; workers go on",
