@@ -922,6 +922,7 @@ class Supervisor:
         self._journal.record(event)
         if event.event == "pool_removed" and event.pool is not None:
             self._prepared.pop(event.pool, None)
+            self._configured.pop(event.pool, None)
             self.logs.close_pool(event.pool)
         for callback in tuple(self._subscribers):
             try:
