@@ -11,6 +11,7 @@ import queue
 import select
 import sys
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Mode: TypeAlias = Literal["json", "text", "none"]
 
 FIRST_AFTER = 0.2  # seconds that the first events wait, so that structlog is not imported before workers are launched
+FIRST_WAITS = 5  # so often at most, while there are still workers to launch
 BEHIND = 256 * 1024  # bytes that stderr may be behind before events are left out there
 LAST_WAIT = 1.0  # seconds that `close` waits for a stderr that nobody reads
 
@@ -42,8 +44,10 @@ class Journal:
     written by a thread of its own: it may be a pipe that nobody reads, and must not stop anything.
     """
 
-    def __init__(self, hub: LogHub, stderr: Mode = "none", *, stderr_fd: int = 2) -> None:
-        """stderr_fd: what is written to as stderr; not taken over.
+    def __init__(
+        self, hub: LogHub, stderr: Mode = "none", *, stderr_fd: int = 2, busy: Callable[[], bool] = lambda: False
+    ) -> None:
+        """stderr_fd: what is written to as stderr; not taken over. busy: whether there are workers to launch.
 
         Raises OSError where the log cannot be opened, or no thread be had for stderr.
         """
@@ -52,6 +56,8 @@ class Journal:
         self._events: list[Event] = []
         self._due: asyncio.Handle | None = None
         self._log: Any = None  # structlog's, from the first event on
+        self._busy = busy
+        self._waits = FIRST_WAITS
         if hub.has_files:
             hub.open_pool(OWN_LOG)
         self._output = _Output(hub, stderr, stderr_fd)
@@ -64,9 +70,17 @@ class Journal:
             return
         self._events.append(event)
         if self._due is None:
-            # A timer the first time only, see FIRST_AFTER.
-            later = self._log is None
-            self._due = self._loop.call_later(FIRST_AFTER, self.flush) if later else self._loop.call_soon(self.flush)
+            self._due = self._loop.call_soon(self.flush) if self._log is not None else self._wait_first()
+
+    def _wait_first(self) -> asyncio.Handle:
+        self._waits -= 1
+        return self._loop.call_later(FIRST_AFTER, self._first)
+
+    def _first(self) -> None:
+        if self._busy() and self._waits > 0:
+            self._due = self._wait_first()
+        else:
+            self.flush()
 
     def flush(self) -> None:
         """Hands on what was recorded: to the hub, and to the thread that writes stderr."""

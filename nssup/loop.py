@@ -131,6 +131,7 @@ class Supervisor:
         self._subscribers: list[Callable[[Event], None]] = []
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at: float | None = None
+        self._launched: asyncio.Future[None] | None = None
         self._rested: asyncio.Future[None] | None = None
         self._shutdown: asyncio.Future[None] | None = None
         self._custody: Custody | None = None
@@ -356,6 +357,16 @@ class Supervisor:
         """Ask whoever runs this supervisor to end it; see wait_shutdown."""
         if self._shutdown is not None and not self._shutdown.done():
             self._shutdown.set_result(None)
+        self._all_launched()
+
+    async def wait_launched(self, seconds: float) -> None:
+        """Until no launch waits for its turn, or we are to end; but not longer than that."""
+        await asyncio.sleep(0)
+        if self._launches and self._shutdown is not None and not self._shutdown.done():
+            self._launched = self._loop.create_future()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._launched
 
     async def wait_shutdown(self) -> None:
         if self._shutdown is not None:
@@ -519,7 +530,7 @@ class Supervisor:
 
     def _open_journal(self) -> Journal:
         try:
-            return Journal(self.logs, self._stderr)
+            return Journal(self.logs, self._stderr, busy=lambda: bool(self._launches))
         except OSError as error:
             raise refused(error, "open") from None
 
@@ -702,6 +713,12 @@ class Supervisor:
         while self._launches and self._launched_this_turn < LAUNCHES_PER_TURN:
             self._launched_this_turn += 1
             self._launch(*self._launches.popleft())
+        if not self._launches:
+            self._all_launched()
+
+    def _all_launched(self) -> None:
+        if self._launched is not None and not self._launched.done():
+            self._launched.set_result(None)
 
     def _launch(self, worker_id: str, generation: int) -> None:
         worker = self.workers.workers[worker_id]

@@ -26,6 +26,7 @@ from nssup.spec import SupervisorSpec, validate
 
 REHEARSE = "--rehearse"  # of `nssup up`: say whether it could take over, and do nothing
 REHEARSAL = 30.0  # seconds that a rehearsal may take
+CONTROL_AFTER = 1.0  # seconds at most that the control side, which takes long to import, waits for launches
 STATUS_AFTER = 0.5  # seconds after a change until the service manager hears of it, and of all others since
 _GRACE = 10.0  # seconds beyond the longest stop sequence that the service manager is asked for
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -355,7 +356,7 @@ class _Session:
                 listener = self._listener()  # if it is not to be had, nothing is started
                 ended.callback(listener.close)
                 self._start(ended)
-                await asyncio.sleep(0)  # the first launches go before the imports of the control side
+                await supervisor.wait_launched(CONTROL_AFTER)  # who asks meanwhile waits in the listener's queue
                 from nssup.ctl import ControlServer
 
                 upgrade = _Upgrade(self, self._inheritance.failed if self._inheritance else None)

@@ -124,6 +124,27 @@ async def test_events_come_by_themselves(tmp_path: Path, monkeypatch: pytest.Mon
     await hub.close()
 
 
+async def test_events_wait_for_workers_to_be_launched_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "FIRST_AFTER", 0.0)
+    asked = 0
+
+    def busy() -> bool:
+        nonlocal asked
+        asked += 1
+        return True
+
+    hub = new_hub(tmp_path)
+    follower = hub.follow(["nssup"])
+    own = Journal(hub, busy=busy)
+    own.record(change(1))
+    assert json.loads(await anext(follower))["seq"] == 1
+    assert asked == journal.FIRST_WAITS
+    own.close()
+    await hub.close()
+
+
 async def test_a_library_writes_nothing_and_imports_nothing() -> None:
     hub = new_hub(None)
     own = Journal(hub)
