@@ -11,10 +11,10 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -64,6 +64,23 @@ def now() -> float:
 def monotonic_usec() -> int:
     """CLOCK_MONOTONIC in microseconds, which sd_notify(3) asks for; nothing else does."""
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+
+
+async def _to_the_end(tasks: asyncio.TaskGroup, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Does work; cancellations wait until it is done, however many there are."""
+    try:
+        task = tasks.create_task(work(), name="nssup-end")
+    except RuntimeError:  # the group is failing: by a bug
+        await work()
+        return
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 class _Life:
@@ -194,13 +211,12 @@ class Supervisor:
             self._end_lives()
             if kind is None and self._custody:
                 self._settle(self._custody)
-            try:
-                self._journal.close()
-                await self.logs.close()
+            async with contextlib.AsyncExitStack() as last:
+                last.push_async_callback(self._closes.aclose)
                 # Of our own tasks alone: what the caller's block raised stays as it is, and is no ExceptionGroup.
-                await self._tasks.__aexit__(None, None, None)
-            finally:
-                await self._closes.aclose()
+                last.push_async_callback(self._tasks.__aexit__, None, None, None)
+                self._journal.close()
+                await _to_the_end(self._tasks, self.logs.close)
 
     def _take_custody(self, spec: SupervisorSpec) -> Custody:
         inherited = []

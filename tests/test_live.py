@@ -199,6 +199,30 @@ async def test_cancelled_while_it_waits_for_its_workers(spec: SupervisorSpec | N
     assert told[-1] == "stop_begun"
 
 
+@pytest.mark.parametrize("times", [1, 2, 5])
+async def test_cancelled_again_and_again(spec: SupervisorSpec | None, tmp_path: Path, times: int) -> None:
+    """While it closes its logs too: what workers have said is written, and every file closed."""
+    inside = asyncio.Event()
+
+    async def be_cancelled(after: contextlib.ExitStack) -> None:
+        async with Supervisor(spec) as supervisor:
+            await wait_output(supervisor, pool("deaf", *STUBBORN), "deaf")
+            after.enter_context(all_gone(supervisor))
+            inside.set()
+            await asyncio.get_running_loop().create_future()
+
+    with contextlib.ExitStack() as after:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(be_cancelled(after))
+            await inside.wait()
+            for _ in range(times):
+                task.cancel()
+                await asyncio.sleep(0)
+        assert task.cancelled()
+    if spec is not None:
+        assert (tmp_path / "l" / "deaf.jsonl").read_bytes().endswith(b'"msg":"deaf"}\n')
+
+
 async def test_left_while_launches_wait_for_their_turn(spec: SupervisorSpec | None) -> None:
     async with Supervisor(spec) as supervisor:
         witness = Witness(supervisor)
