@@ -434,7 +434,8 @@ def test_a_stranger_with_the_same_number_is_not_taken(
     gone.kill()
     gone.wait()
     if identity.start_time:
-        identity = identity._replace(start_time=identity.start_time - 1)  # a tick is 10 ms: both began in the same
+        # A tick is 10 ms: both may have begun in the same.
+        identity = identity._replace(start_time=lives.start_time(sleeper.pid) - 1)
     assert look(slot_of(identity._replace(init_host_pid=sleeper.pid)), own_pidfd) == GONE
 
 
