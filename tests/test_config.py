@@ -43,7 +43,7 @@ class Host:
         self.uid = uid
         self.gid = uid
         self.groups: tuple[int, ...] = (uid,)
-        self.directory = "/work"
+        self.directory = "/here"
         self._environ = {"PATH": "/usr/bin:/bin"} if environ is None else environ
         self._capabilities = {"SETUID", "SETGID", "SYS_RESOURCE"} if capabilities is None else capabilities
         self._files = files or set()
@@ -700,7 +700,7 @@ def test_only_root_can_switch(text: str, line: str) -> None:
         ("state_dir = '/x'", Host(), ("/x", "/x/run", "/var/log/nssup", "/x/run/nssup.sock")),
         ("runtime_dir = '/x'", Host(), ("/var/lib/nssup", "/x", "/var/log/nssup", "/x/nssup.sock")),
         ("state_dir = '/x'\nruntime_dir = '/y'", Host(), ("/x", "/y", "/var/log/nssup", "/y/nssup.sock")),
-        ("state_dir = 'x/../y/'\nsocket = 's'", Host(), ("/work/y", "/work/y/run", "/var/log/nssup", "/work/s")),
+        ("state_dir = 'x/../y/'\nsocket = 's'", Host(), ("/here/y", "/here/y/run", "/var/log/nssup", "/here/s")),
         ("", Host(1000, XDG), ("/s/nssup", "/r/nssup", "/s/nssup/log", "/r/nssup/nssup.sock")),
         ("", Host(1000, HOME), (
             "/home/app/.local/state/nssup", "/home/app/.local/state/nssup/run", "/home/app/.local/state/nssup/log",
