@@ -377,6 +377,12 @@ class Process:
         """The exit record is ours: init may go."""
         self._send(wire.ack(self._epoch, self.generation))
 
+    def release(self) -> None:
+        """As acknowledge, for good: that nothing is left is init's word, and one that lies or is frozen goes too."""
+        self.acknowledge()
+        if self.pidfd >= 0:  # its log may be whole only after it is gone
+            self.kill()
+
     def ping(self) -> None:
         """Ask for init's State."""
         self._send(wire.ping(self._epoch))

@@ -882,7 +882,7 @@ class Supervisor:
     def _over(self, life: _Life) -> None:
         """Nothing but init is left: take what the pipes still hold, and when that is safe let init go."""
         life.over = True
-        self.logs.drain(self._attach(life), life.process.acknowledge)
+        self.logs.drain(self._attach(life), life.process.release)
 
     def _drain(self, life: _Life) -> None:
         self.logs.drain(self._attach(life))

@@ -36,6 +36,9 @@ from nssup.events import (
 )
 from nssup.spec import SIGKILL, PoolSpec
 
+# Seconds from the end of a program to that of its tree: init kills it at once, but init may be frozen, or lie.
+REST = 10.0
+
 # --- what is to be done --------------------------------------------------------------------------------------------
 
 
@@ -84,7 +87,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     generation: the number of its newest life, 0 before the first. restarts: automatic ones since an operator's start.
     launched_at: when the newest life was asked for. running_since: when its exec succeeded, None when its program does
     not run. uptime: seconds it ran, known between its exit and its end. deadline: when it wants a Tick; exactly in
-    BACKOFF and in STOPPING while a stop step waits.
+    BACKOFF, and in STOPPING while a stop step, or what the program left behind, is waited for.
     host_pid, ns_pid: the program's, None when there is none; last_host_pid, last_ns_pid: also after its end.
     alive: the newest life is not over. killed: its tree was sent SIGKILL by us. stop_step: the step of spec.stop it is
     in, None outside the sequence. lingering: lives that are over, their init not reaped yet. outcome: the state that
@@ -261,8 +264,12 @@ def _restart(w: Worker, event: Input, here: Here) -> Step:
 
 
 def _next_stop_step(w: Worker, event: Tick, here: Here) -> Step:
-    """The wait of a stop step ran out: the next step."""
-    if w.deadline is None or w.stop_step is None or here.now < w.deadline:
+    """The wait of a stop step ran out: the next step. The wait for the rest of the tree did: the kill."""
+    if w.deadline is None or here.now < w.deadline:
+        return w, NOTHING
+    if w.exit is not None:
+        return _kill(w)
+    if w.stop_step is None:
         return w, NOTHING
     return _stop_step(w, w.stop_step + 1, here)
 
@@ -291,12 +298,14 @@ def _down(w: Worker, event: Input, here: Here) -> Step:
 
 
 def _exited(w: Worker, event: Exited, here: Here) -> Step:
-    """The main program is gone; init kills the rest of the tree by itself, so no stop step is needed any more."""
+    """The main program is gone; init kills the rest of the tree by itself, so no stop step is needed any more. One that
+    does not come to an end with that is ended itself."""
     if w.exit is None:
         ended = here.now if event.at is None else min(event.at, here.now)
         ran = None if w.running_since is None else max(ended - w.running_since, 0.0)
         w = replace(w, exit=_marked(w, event.exit), uptime=ran)
-    w = replace(w, running_since=None, host_pid=None, ns_pid=None, deadline=None)
+    rest = None if event.empty or w.killed else here.now + REST
+    w = replace(w, running_since=None, host_pid=None, ns_pid=None, deadline=rest)
     if event.empty:
         return _linger(w, here)
     if w.state is State.STOPPING:

@@ -314,6 +314,16 @@ async def _rehearse(words: list[str]) -> _Rehearsed:
 # --- one supervisor --------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _left_by_an_error(supervisor: Supervisor) -> Iterator[None]:
+    """An error of ours is as if we were killed: the workers go on, and the next supervisor takes them over."""
+    try:
+        yield
+    except BaseException:
+        supervisor.leave_running()
+        raise
+
+
 class _Session:
     """One supervisor of this process. legacy: what it leaves to a next one in its place; None: it is the last.
 
@@ -352,7 +362,7 @@ class _Session:
         async with self._supervisor as supervisor:
             self.verdict = _Verdict(self.config, supervisor)
             supervisor.subscribe(self.verdict.note)
-            with self._signals(), contextlib.ExitStack() as ended:
+            with self._signals(), contextlib.ExitStack() as ended, _left_by_an_error(supervisor):
                 listener = self._listener()  # if it is not to be had, nothing is started
                 ended.callback(listener.close)
                 self._start(ended)

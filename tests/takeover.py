@@ -36,6 +36,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import traceback
 import zlib
@@ -1147,8 +1148,115 @@ def nspids(host_pid: int) -> list[str]:
     return []
 
 
+def case_own_error(site: Site, again: bool) -> list[str]:
+    """A bug of ours ends the supervisor, the first or (again) the next one: the workers go on."""
+
+    def bug() -> None:
+        def fail(*args: object, **options: object) -> None:
+            raise ZeroDivisionError("a bug")
+
+        setattr(ctl.ControlServer, "__init__", fail)  # noqa: B010
+
+    site.write_config(pool("web", LONG, workers=3))
+    if again:
+        site.start()
+        site.wait_answer()
+        site.until(lambda: len(site.canaries()) >= 3, "they are ready")
+        site.kill()
+    site.start(prepare=bug)
+    site.wait_dead()
+    wrong = [] if "ZeroDivisionError" in site.said() else [site.said()]
+    there = processes()
+    site.start()
+    site.wait_answer()
+    site.until(lambda: len(site.canaries()) >= 3, "they are ready")
+    for index in range(3):
+        worker = site.until_state(f"web/{index}", "running")
+        if worker["init_host_pid"] not in there or worker["generation"] != 1:
+            wrong.append(f"{worker}")
+    return wrong + check(site)
+
+
+def case_late_supervisor(site: Site, frozen: bool) -> list[str]:
+    """The supervisor is stopped, or busy, for longer than a stop may take: who was in time is not killed as late."""
+
+    def busy() -> None:
+        real = loop.Supervisor.is_adopted
+
+        def slow(self: loop.Supervisor, worker_id: str) -> bool:
+            if self.workers.workers[worker_id].deadline is not None:
+                select.select([], [], [], 0.3)
+            return real(self, worker_id)
+
+        setattr(loop.Supervisor, "is_adopted", slow)  # noqa: B010
+
+    script = OBEYS.replace("exit 5", "sleep 0.05; exit 5")
+    site.write_config(pool("web", script, stop='[{ signal = "TERM", wait = "100ms" }, "kill"]'))
+    site.start(prepare=None if frozen else busy)
+    site.wait_answer()
+    before = site.until_state("web/0", "running")
+    site.until(site.canaries, "it is ready")
+    site.tell("stop", "web/0")
+    if frozen:
+        signal.pidfd_send_signal(site.pidfd, signal.SIGSTOP)
+        late = time.monotonic() + 0.2
+        site.until(lambda: time.monotonic() > late and before["host_pid"] not in processes(), "it is gone")
+        signal.pidfd_send_signal(site.pidfd, signal.SIGCONT)
+    end = site.until_state("web/0", "stopped")["last_exit"]
+    return ([] if (end["code"], end["timed_out"]) == (5, False) else [f"{end}"]) + check(site)
+
+
+def case_die_with_a_thread(site: Site) -> list[str]:
+    """Whichever thread launched them, and though that is gone: they die with the process, and not before."""
+    durable = SupervisorSpec(
+        state_dir=f"{site.home}/s",
+        runtime_dir=f"{site.home}/s/run",
+        log_dir=f"{site.home}/l",
+        socket=f"{site.home}/s/run/nssup.sock",
+    )
+
+    async def launch(ready: threading.Event, end: threading.Event) -> None:
+        async with loop.Supervisor(durable) as supervisor:
+            running: asyncio.Queue[str] = asyncio.Queue()
+            supervisor.subscribe(lambda event: running.put_nowait(event.event) if event.event == "started" else None)
+            command = ("/bin/sh", "-c", WHO + "setsid sleep 100000 & exec sleep 100000")
+            spec = PoolSpec(name="web", command=command, env={"CANARY": str(site.canary)}, on_supervisor_death="die")
+            launcher = threading.Thread(target=supervisor.add_pool, args=[spec])
+            launcher.start()
+            launcher.join()
+            await running.get()
+            ready.set()
+            await asyncio.get_running_loop().run_in_executor(None, end.wait)
+
+    def program() -> int:
+        ready, end = threading.Event(), threading.Event()
+        threading.Thread(target=asyncio.run, args=[launch(ready, end)], daemon=True).start()
+        ready.wait()
+        (site.home / "ready").touch()
+        while True:
+            signal.pause()
+
+    site.start(body=program)
+    site.until((site.home / "ready").exists, "it runs")
+    site.until(lambda: len(processes()) >= 5, "all of it is there")
+    (init,) = (one.host_pid for one in processes().values() if one.name == "nssup-init")
+    pidfd = os.pidfd_open(init)
+    began = time.monotonic()
+    site.kill()
+    assert _readable(pidfd, PATIENCE)
+    os.close(pidfd)
+    site.took = time.monotonic() - began
+    site.until(lambda: len(processes()) == 1, "nothing is left")
+    return [] if site.took < 0.1 else [f"took {site.took}"]
+
+
 OTHER: dict[str, Callable[[Site], list[str]]] = {
     "launch: inside clone": case_inside_clone,
+    "a bug of ours": functools.partial(case_own_error, again=False),
+    "a bug of ours, then": functools.partial(case_own_error, again=True),
+    "late: frozen": functools.partial(case_late_supervisor, frozen=True),
+    "late: busy": functools.partial(case_late_supervisor, frozen=False),
+    "die, by a thread that is gone": case_die_with_a_thread,
     "policy: die": functools.partial(policy_case, ("die",)),
     "policy: die, keep": functools.partial(policy_case, ("die", "keep")),
     "policy: die, keep, die": functools.partial(policy_case, ("die", "keep", "die")),
@@ -1223,7 +1331,7 @@ def run_case(name: str) -> Json:
         try:
             wrong = cases()[name](site)
         except Exception as error:
-            wrong = [f"{type(error).__name__}: {error}", *traceback.format_exc().splitlines()[-6:]]
+            wrong = [f"{type(error).__name__}: {error}", *traceback.format_exc().splitlines()[-6:], site.said()]
         return {
             "name": name,
             "wrong": wrong,

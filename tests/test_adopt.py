@@ -252,9 +252,9 @@ ROWS = {
     "removing, gone": Row(REMOVING, GONE, None, (Forget(),), spec=GONE_POOL),
     "removing, wanted again": Row(REMOVING, HOLDS, State.STOPPING, (), "operator", deadline=NOW + PATIENCE),
     # The program has ended, the namespace is not empty yet.
-    "exited": Row(EXITED, HOLDS, State.STOPPING, (), "exit:3"),
+    "exited": Row(EXITED, HOLDS, State.STOPPING, (), "exit:3", deadline=NOW + PATIENCE),
     "exited, gone": Row(EXITED, GONE, State.BACKOFF, (), "exit:3", deadline=NOW + 0.1),
-    "exited in a stop": Row(EXITED_IN_STOP, HOLDS, State.STOPPING, (), "operator"),
+    "exited in a stop": Row(EXITED_IN_STOP, HOLDS, State.STOPPING, (), "operator", deadline=NOW + PATIENCE),
     "exited in a stop, gone": Row(EXITED_IN_STOP, GONE, State.STOPPED, (), "operator"),
     # Over; its init waits for the word.
     "over": Row(OVER, HOLDS, State.STOPPING, (), "operator", lingering=(1,)),

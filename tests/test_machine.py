@@ -33,6 +33,7 @@ from nssup.events import (
 from nssup.machine import (
     IGNORED,
     RESERVED,
+    REST,
     TABLE,
     Action,
     Edge,
@@ -270,8 +271,19 @@ def test_a_settled_life_is_followed_at_once_while_its_init_lingers() -> None:
 def test_the_next_life_waits_for_the_namespace_not_for_the_program() -> None:
     story = running(uptime=5.0).told(Exited, CODE_3)
     assert (story.state, story.did, story.worker.reason) == (State.STOPPING, (), "exit:3")
-    assert (story.worker.host_pid, story.worker.last_host_pid, story.worker.deadline) == (None, 2001, None)
+    assert (story.worker.host_pid, story.worker.last_host_pid) == (None, 2001)
     assert story.told(Empty).did == (Launch(2),)
+
+
+def test_a_tree_that_outlasts_its_program_is_ended() -> None:
+    """Its init kills it at once; but init may be frozen, or not what it seems."""
+    story = running(uptime=5.0).told(Exited, CODE_3)
+    assert story.later(REST - 0.1).tell(Tick()).did == ()
+    assert story.later(0.1).tell(Tick()).did == (KillTree(1),)
+    assert (story.state, story.worker.deadline) == (State.STOPPING, None)
+    assert story.told(Gone).worker.last_exit == CODE_3
+    killed = running(uptime=5.0).tell(Kill(9, tree=True)).told(Exited, CODE_3)
+    assert killed.worker.deadline is None
 
 
 def test_the_time_a_tree_takes_to_die_does_not_settle_its_life() -> None:
@@ -387,7 +399,7 @@ def test_the_stop_sequence_goes_step_by_step_to_the_kill() -> None:
 def test_a_stop_obeyed_is_no_timeout_and_no_failure() -> None:
     end = Exit(reason="signal:SIGTERM", signal=15)
     story = running(web(stop=LADDER)).tell(Stop()).later(2.0).told(Exited, end)
-    assert (story.state, story.worker.deadline, story.worker.reason) == (State.STOPPING, None, "operator")
+    assert (story.state, story.worker.deadline, story.worker.reason) == (State.STOPPING, story.now + REST, "operator")
     assert story.told(Empty).state is State.STOPPING
     assert story.told(Gone).state is State.STOPPED
     assert (story.worker.last_exit, story.did) == (end, ())

@@ -355,7 +355,8 @@ class Core(RuleBasedStateMachine):
     def a_deadline_is_where_one_is_needed(self) -> None:
         deadlines = []
         for worker in self.set.workers.values():
-            in_step = worker.alive and worker.stop_step is not None and not worker.killed and worker.exit is None
+            waits = worker.stop_step is not None or worker.exit is not None
+            in_step = worker.alive and not worker.killed and waits
             needed = worker.state is State.BACKOFF or (worker.state is State.STOPPING and in_step)
             assert (worker.deadline is not None) == needed
             deadlines += [] if worker.deadline is None else [worker.deadline]
