@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 import uvloop  # noqa: F401 - here once, and not in each supervisor
 
-from nssup import _clone, adopt, cli, client, clone, ctl, custody, lives, logs, loop, record, up  # noqa: F401
+from nssup import _clone, _pidfd, adopt, cli, client, clone, ctl, custody, lives, logs, loop, record, up  # noqa: F401
 from nssup.spec import PoolSpec, SupervisorSpec
 
 if TYPE_CHECKING:
@@ -848,6 +848,48 @@ def case_stranger(site: Site) -> list[str]:
     return wrong + check(site)
 
 
+def case_reused(site: Site, masked: int) -> list[str]:
+    """Somebody else has the number of an init that ended while nobody watched. masked: ways of telling them apart that
+    this kernel is made not to have."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def mask() -> None:
+        if masked > 0:
+            setattr(_pidfd, "handle", refuse)  # noqa: B010
+            setattr(_pidfd, "reopen", refuse)  # noqa: B010
+        if masked > 1:
+            setattr(lives, "_inode", lambda pidfd: 0)  # noqa: B010
+
+    site.write_config(pool("web", LONG, workers=2, **QUICK))
+    site.start(prepare=mask)
+    site.wait_answer()
+    before = {worker_id: site.until_state(worker_id, "running") for worker_id in ("web/0", "web/1")}
+    site.until(lambda: len(site.canaries()) >= 2, "they are ready")
+    site.kill()
+    number = before["web/0"]["init_host_pid"]
+    os.kill(number, signal.SIGKILL)
+    site.until(lambda: number not in processes(), "it is reaped")
+    select.select([], [], [], 0.02)  # start times are told in ticks of 10 ms
+    Path("/proc/sys/kernel/ns_last_pid").write_text(str(number - 1))
+    stranger = os.fork()
+    if stranger == 0:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while True:
+            signal.pause()
+    assert stranger == number, "the kernel gave another number"
+    site.start(prepare=mask)
+    site.wait_answer()
+    worker = site.until_state("web/0", "running", generation=2)
+    wrong = [] if worker["last_exit"]["reason"] == "init-killed" else [f"{worker}"]
+    wrong += same_life(before["web/1"], site.status()["web/1"])
+    if processes()[stranger].zombie:
+        wrong.append("the stranger is gone")
+    os.kill(stranger, signal.SIGKILL)
+    return wrong + check(site)
+
+
 def case_elsewhere(site: Site) -> list[str]:
     """Notes of another boot: all told as lost, no signal, and the pool begins anew."""
     before = up_and_killed(site, pool("web", LONG, workers=2), "web/0", "web/1")
@@ -1266,6 +1308,9 @@ OTHER: dict[str, Callable[[Site], list[str]]] = {
     "init frozen": case_init_stopped,
     "two at once": case_two_at_once,
     "a stranger in the notes": case_stranger,
+    "PID reused": functools.partial(case_reused, masked=0),
+    "PID reused, no handles": functools.partial(case_reused, masked=1),
+    "PID reused, no inodes": functools.partial(case_reused, masked=2),
     "another boot": case_elsewhere,
     "a later version": case_later_version,
     "no descriptors": case_no_room,

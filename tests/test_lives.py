@@ -17,7 +17,7 @@ import pytest
 from launching import launched, needs_namespaces, plan_of, shell, wait_readable
 from msgspec.structs import replace
 
-from nssup import _pidfd, adopt, clone, lives, record
+from nssup import _pidfd, adopt, clone, lives, record, wire
 from nssup.adopt import Fact
 from nssup.custody import Custody
 from nssup.errors import ControlError
@@ -607,6 +607,111 @@ def test_without_room_nothing_is_taken_and_nothing_is_lost(
             for claim in claims:
                 for process in claim.processes:
                     process.close()
+
+
+def told(process: Process) -> wire.State:
+    """What an adopted life says when it is asked: its State, and that its program runs."""
+    found: list[wire.Message] = []
+    while not any(isinstance(message, wire.State) for message in found) or not isinstance(found[-1], wire.Started):
+        wait_readable(process.line)
+        found += process.receive()
+    (state,) = (message for message in found if isinstance(message, wire.State))
+    return state
+
+
+@contextlib.contextmanager
+def adopted_twice(epochs: tuple[int, int]) -> Iterator[list[Process]]:
+    """A life, and two supervisors that take it over, of these epochs. The program ends with 3 on SIGUSR1."""
+    with launched(plan_of(*shell("trap 'exit 3' USR1; echo; while :; do sleep 1000 & wait; done"), die=False)) as life:
+        assert life.process.stdout is not None
+        wait_readable(life.process.stdout)
+        life.hear(wire.Started)
+        found = []
+        for epoch in epochs:
+            pidfd = os.pidfd_open(life.process.init_host_pid)
+            found.append(clone.Process.adopt(pidfd, life.process.init_host_pid, 1, epoch))
+        try:
+            yield found
+        finally:
+            for process in found:
+                process.close()
+
+
+@needs_namespaces
+def test_init_listens_to_the_newest_supervisor_only(own_pidfd: int) -> None:
+    with adopted_twice((3, 2)) as (newer, older):
+        newer.hello(own_pidfd)
+        state = told(newer)
+        assert (state.epoch, state.phase) == (3, wire.Phase.RUNNING)
+        older.hello(own_pidfd)
+        older.signal(signal.SIGKILL)
+        older.change_policy(wire.Policy.DIE)
+        older.ping()
+        newer.ping()
+        wait_readable(newer.line)
+        (answer,) = newer.receive()  # both read the same line: what came was for this one
+        assert isinstance(answer, wire.State)
+        state = answer
+        assert (state.epoch, state.phase, state.policy) == (3, wire.Phase.RUNNING, wire.Policy.KEEP)
+        assert state.unknown == 4
+
+
+@needs_namespaces
+def test_init_knows_the_steps_of_a_stop_that_reached_it(own_pidfd: int) -> None:
+    with adopted_twice((2, 3)) as (one, other):
+        one.hello(own_pidfd)
+        assert told(one).step == 0
+        one.signal(signal.SIGCONT, stop_steps=1)
+        one.signal(signal.SIGCONT)
+        other.hello(own_pidfd)
+        state = told(other)
+        assert (state.phase, state.step) == (wire.Phase.RUNNING, 1)
+
+
+@needs_namespaces
+def test_what_init_answers_waits_for_room(own_pidfd: int) -> None:
+    """Supervisors that died before they read have filled the line: the next one is answered all the same."""
+    with adopted_twice((2, 3)) as (one, other):
+        one.hello(own_pidfd)
+        for _ in range(2000):
+            one.ping()
+            os.sched_yield()
+        other.hello(own_pidfd)
+        assert told(other).epoch == 3
+
+
+@needs_namespaces
+def test_a_hello_waits_for_room(own_pidfd: int) -> None:
+    """init was frozen for long, and the line to it is full."""
+    with adopted_twice((2, 3)) as (one, other):
+        signal.pidfd_send_signal(one.pidfd, signal.SIGSTOP)
+        for _ in range(2000):
+            one.ping()
+        other.hello(own_pidfd)
+        assert other._hello == own_pidfd
+        signal.pidfd_send_signal(one.pidfd, signal.SIGCONT)
+        assert told(other).epoch == 3
+        assert other._hello is None
+
+
+@needs_namespaces
+def test_last_words_of_an_init_that_never_answered(own_pidfd: int) -> None:
+    with adopted_twice((2, 3)) as (one, _):
+        one.hello(own_pidfd)
+        told(one)
+        one.signal(signal.SIGUSR1)
+        wait_readable(one.line)
+        pidfd = os.pidfd_open(one.init_host_pid)
+        late = clone.Process.adopt(pidfd, one.init_host_pid, 1, 4)
+        late.kill()
+        wait_readable(pidfd)
+        while not late.line_ended and late.receive() == [] and not late._unheard:
+            wait_readable(late.line)
+        words = late.last_words()
+        assert isinstance(words[0], wire.Exited)
+        assert words[0].exit[:2] == (os.CLD_EXITED, 3)
+        assert late.last_words() == []
+        late.close()
 
 
 @needs_namespaces
