@@ -4,6 +4,7 @@ What does not change from life to life is worked out once, in `prepare`; `Prepar
 """
 
 import fnmatch
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ RLIMITS = {
 }
 _BASE = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8"}
 _PASSED_ON = ("PATH", "LANG", "TZ")
+_OWN = ("NSSUP_POOL", "NSSUP_INDEX", "NSSUP_ID", "NSSUP_GENERATION")  # whatever the pool says of them
 
 
 class Account(NamedTuple):
@@ -68,21 +70,35 @@ def prepare(
     descriptors: soft and hard limit on them where the pool says nothing; None: as they are.
     """
     env = environment(spec, account.user, inherited)
+    if notify is not None and notify.socket is not None:
+        env["NOTIFY_SOCKET"] = notify.socket.decode("utf-8", "surrogateescape")
+    varying = {name: value for name, value in spec.env.items() if "{" in value}  # the inherited may hold braces
+    fixed = tuple(_bytes(f"{name}={value}") for name, value in env.items() if name not in {*varying, *_OWN})
     said = {"nofile": descriptors} if descriptors is not None else {}
     limits = tuple(
         (RLIMITS[name], UNLIMITED if soft is None else soft, UNLIMITED if hard is None else hard)
         for name, (soft, hard) in (said | spec.rlimits).items()
     )
-    return Prepared(spec, env, namespaces_for(spec, privileged), account.identity, limits, notify)
+    namespaces = namespaces_for(spec, privileged)
+    return Prepared(spec, fixed, varying, env["PATH"], namespaces, account.identity, limits, notify)
 
 
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")  # os.fsencode, for the encoding that Linux programs expect
 
 
+@functools.lru_cache(maxsize=64)
+def _candidates(program: str, path: str) -> tuple[bytes, ...]:
+    return tuple(map(_bytes, candidates(program, path)))
+
+
 class Prepared(NamedTuple):
+    """env: `NAME=value`, the same for all lives. varying: texts of its other variables. path: PATH, its text."""
+
     spec: PoolSpec
-    env: dict[str, str]
+    env: tuple[bytes, ...]
+    varying: dict[str, str]
+    path: str
     namespaces: frozenset[str]
     identity: Identity | None
     rlimits: tuple[tuple[int, int, int], ...]
@@ -95,19 +111,16 @@ class Prepared(NamedTuple):
         def fill(text: str) -> str:
             return expand(text, spec.name, index, generation)
 
-        env = self.env | {name: fill(value) for name, value in spec.env.items()}  # the inherited may hold braces
-        env["NSSUP_POOL"] = spec.name
-        env["NSSUP_INDEX"] = str(index)
-        env["NSSUP_ID"] = f"{spec.name}/{index}"
-        env["NSSUP_GENERATION"] = str(generation)
-        if self.notify is not None and self.notify.socket is not None:
-            env["NOTIFY_SOCKET"] = self.notify.socket.decode("utf-8", "surrogateescape")
+        own = (spec.name, index, f"{spec.name}/{index}", generation)
+        varying = {name: fill(value) for name, value in self.varying.items()}
+        said = [f"{name}={value}" for name, value in varying.items() if name not in _OWN]
+        said += [f"{name}={value}" for name, value in zip(_OWN, own, strict=True)]
         argv = [fill(word) for word in spec.command]
         return Plan(
             generation=generation,
             argv=tuple(map(_bytes, argv)),
-            env=tuple(_bytes(f"{name}={value}") for name, value in env.items()),
-            candidates=tuple(map(_bytes, candidates(argv[0], env["PATH"]))),
+            env=(*self.env, *map(_bytes, said)),
+            candidates=_candidates(argv[0], varying.get("PATH", self.path)),
             namespaces=self.namespaces,
             directory=_bytes(fill(spec.directory)),
             hostname=None if spec.hostname is None else _bytes(fill(spec.hostname)),

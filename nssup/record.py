@@ -3,6 +3,8 @@
 docs/contracts.md (b), (c). Layouts of the record are native/wire.h's. Pure.
 """
 
+import functools
+import itertools
 import struct
 import zlib
 from typing import NamedTuple
@@ -108,13 +110,9 @@ def _field(kind: int, data: bytes, flags: int = MUST) -> bytes:
 
 
 def _list(items: tuple[bytes, ...]) -> bytes:
-    at = 8 + 8 * (len(items) + 1)
-    offsets = []
-    for item in items:
-        offsets.append(at)
-        at += len(item) + 1
-    offsets.append(0)
-    return struct.pack(f"<II{len(offsets)}Q", len(items), 0, *offsets) + b"\0".join(items) + b"\0"
+    count = len(items)
+    offsets = itertools.accumulate([len(item) + 1 for item in items[:-1]], initial=8 + 8 * (count + 1))
+    return struct.pack(f"<II{count}QQ", count, 0, *(offsets if count else ()), 0) + b"\0".join(items) + b"\0"
 
 
 def options_of(plan: Plan) -> int:
@@ -137,30 +135,52 @@ def encode(plan: Plan, token: bytes, mount_id: int) -> bytes:
 
     Raises nothing: a Plan made from a valid spec can always be written.
     """
-    fields = [
-        _field(FIELD_TOKEN, token),
-        _field(FIELD_OPTIONS, _U32.pack(options_of(plan))),
-        _field(FIELD_MOUNT_ID, _U64.pack(mount_id)),
-        _field(FIELD_ARGV, _list(plan.argv)),
-        _field(FIELD_ENV, _list(plan.env)),
-        _field(FIELD_EXEC, _list(plan.candidates)),
-    ]
-    if plan.directory != b"/":
-        fields.append(_field(FIELD_DIRECTORY, plan.directory + b"\0"))
-    if plan.hostname is not None:
-        fields.append(_field(FIELD_HOSTNAME, plan.hostname + b"\0"))
-    if plan.identity is not None:
-        uid, gid, groups = plan.identity
-        fields.append(_field(FIELD_IDENTITY, struct.pack(f"<{3 + len(groups)}I", uid, gid, len(groups), *groups)))
-    if plan.umask is not None:
-        fields.append(_field(FIELD_UMASK, _U32.pack(plan.umask)))
-    if plan.rlimits:
-        limits = b"".join(_RLIMIT.pack(resource, 0, soft, hard) for resource, soft, hard in plan.rlimits)
-        fields.append(_field(FIELD_RLIMITS, limits))
-    if plan.notify is not None:
-        fields.append(_field(FIELD_NOTIFY, _notify(plan.notify)))
-    body = b"".join(fields)
+    what = _what(options_of(plan), mount_id, plan.argv)
+    how = _how(
+        plan.candidates, plan.directory, plan.hostname, plan.identity, plan.umask, plan.rlimits, plan.notify
+    )
+    body = _field(FIELD_TOKEN, token) + what + _field(FIELD_ENV, _list(plan.env)) + how
     return _HEAD.pack(RECORD_MAGIC, RECORD_VERSION, 0, _HEAD.size + len(body), plan.generation) + body
+
+
+# Remembered, because mostly the lives of a pool differ in their environment alone.
+
+
+@functools.lru_cache(maxsize=64)
+def _what(options: int, mount_id: int, argv: tuple[bytes, ...]) -> bytes:
+    return (
+        _field(FIELD_OPTIONS, _U32.pack(options))
+        + _field(FIELD_MOUNT_ID, _U64.pack(mount_id))
+        + _field(FIELD_ARGV, _list(argv))
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _how(
+    candidates: tuple[bytes, ...],
+    directory: bytes,
+    hostname: bytes | None,
+    identity: Identity | None,
+    umask: int | None,
+    rlimits: tuple[tuple[int, int, int], ...],
+    notify: Notify | None,
+) -> bytes:
+    fields = [_field(FIELD_EXEC, _list(candidates))]
+    if directory != b"/":
+        fields.append(_field(FIELD_DIRECTORY, directory + b"\0"))
+    if hostname is not None:
+        fields.append(_field(FIELD_HOSTNAME, hostname + b"\0"))
+    if identity is not None:
+        uid, gid, groups = identity
+        fields.append(_field(FIELD_IDENTITY, struct.pack(f"<{3 + len(groups)}I", uid, gid, len(groups), *groups)))
+    if umask is not None:
+        fields.append(_field(FIELD_UMASK, _U32.pack(umask)))
+    if rlimits:
+        limits = b"".join(_RLIMIT.pack(resource, 0, soft, hard) for resource, soft, hard in rlimits)
+        fields.append(_field(FIELD_RLIMITS, limits))
+    if notify is not None:
+        fields.append(_field(FIELD_NOTIFY, _notify(notify)))
+    return b"".join(fields)
 
 
 # --- life slot -----------------------------------------------------------------------------------------------------

@@ -223,16 +223,18 @@ def test_from_inside_nobody_outside_can_be_killed(tmp_path: Path) -> None:
 
 def test_ps_inside(tmp_path: Path) -> None:
     """With a private /proc a worker sees its own processes only; without, the host's."""
-    script = "ps -e -o pid= -o args=; echo over; exec sleep 1000"
-    pools = pool_text("own", *shell(script)) + pool_text("host", *shell(script), proc=False)
+    script = "ps -e -o pid={}; echo over; exec sleep 1000"
+    pools = pool_text("own", *shell(script.format(" -o args=")))
+    pools += pool_text("host", *shell(script.format("")), proc=False)  # a stranger's arguments may hold newlines
     with Up(tmp_path, pools) as up:
         for pool in ("own", "host"):
             up.wait_record(pool, lambda record: record["msg"] == "over")
-        own, host = ([r["msg"].split(None, 1) for r in up.tail(pool)][:-1] for pool in ("own", "host"))
+        own = [r["msg"].split(None, 1) for r in up.tail("own")][:-1]
         assert [int(host_pid) for host_pid, _ in own][:2] == [1, 2]
         assert len(own) == 3
         assert [args.split()[0] for _, args in own] == [own[0][1].split()[0], "sh", "ps"]
-        assert {1, up.host_pid, os.getpid()} <= {int(host_pid) for host_pid, _ in host}
+        host = {int(r["msg"]) for r in up.tail("host") if r["msg"] != "over"}
+        assert {1, up.host_pid, os.getpid()} <= host
 
 
 def mounts(host_pid: int) -> bytes:
