@@ -136,9 +136,7 @@ def encode(plan: Plan, token: bytes, mount_id: int) -> bytes:
     Raises nothing: a Plan made from a valid spec can always be written.
     """
     what = _what(options_of(plan), mount_id, plan.argv)
-    how = _how(
-        plan.candidates, plan.directory, plan.hostname, plan.identity, plan.umask, plan.rlimits, plan.notify
-    )
+    how = _how(plan.candidates, plan.directory, plan.hostname, plan.identity, plan.umask, plan.rlimits, plan.notify)
     body = _field(FIELD_TOKEN, token) + what + _field(FIELD_ENV, _list(plan.env)) + how
     return _HEAD.pack(RECORD_MAGIC, RECORD_VERSION, 0, _HEAD.size + len(body), plan.generation) + body
 

@@ -224,8 +224,9 @@ class ByHand:
                 -1,
                 program,
             )
+            window = (*sorted(opened(os.dup(null)) for _ in fds), null)
             flags = sum(CLONE_NEW[name] for name in {"pid", *namespaces})
-            self.pidfd, self.host_pid, step, number = _clone.clone(flags, fds, -1)
+            self.pidfd, self.host_pid, step, number = _clone.clone(flags, fds, window, -1)
             assert (step, number) == (0, 0)
             opened(self.pidfd, keep=True)
         self.heard: list[tuple[wire.Message, int]] = []  # with the sender's host PID

@@ -724,8 +724,12 @@ def low_descriptors(seed: int) -> None:
     numbers = random.Random(seed)
     for _ in range(60):
         sources = scattered(numbers)
+        free = set(range(4 * wire.Fd.COUNT)) - set(inodes("self"))
+        filler, *window = sorted(numbers.sample(sorted(free), wire.Fd.COUNT + 1))
+        for fd in (filler, *window):
+            os.dup2(OUR_END, fd)
         mine = inodes("self")
-        pidfd, host_pid, step, number = _clone.clone(clone.CLONE_NEW["pid"], tuple(sources), -1)
+        pidfd, host_pid, step, number = _clone.clone(clone.CLONE_NEW["pid"], tuple(sources), (*window, filler), -1)
         assert (step, number) == (0, 0)
         os.write(OUR_END, wire.ping(1))
         os.read(OUR_END, 4096)  # it is as it will be

@@ -27,6 +27,9 @@
 #ifndef P_PIDFD
 #define P_PIDFD 3
 #endif
+#ifndef CLOSE_RANGE_UNSHARE
+#define CLOSE_RANGE_UNSHARE 2U
+#endif
 #ifndef CLONE_CLEAR_SIGHAND
 #define CLONE_CLEAR_SIGHAND 0x100000000ULL
 #endif
@@ -35,6 +38,15 @@
 #endif
 
 enum { CHILD_STACK = 16384 };
+
+/* One clone at a time: the GIL is held. */
+static char stack[CHILD_STACK] __attribute__((aligned(16)));
+
+/* Low descriptors of ours, where copies of the sources are during the clone, and what they are copies of at other times.
+ * The child takes a table of its own that ends behind them: to copy and close all descriptors of a supervisor of 1000
+ * workers would cost more than all the rest of a launch. */
+static int window[FD_COUNT];
+static int filler;
 
 struct launch {
 	int source[FD_COUNT]; /* what becomes descriptor i of the child; -1: closed */
@@ -50,6 +62,16 @@ static int give_up(struct launch *l, int step, long negative_errno)
 	l->step = step;
 	l->error = (int)-negative_errno;
 	return 127;
+}
+
+/* Until here the table is our parent's. */
+static long own_descriptors(const struct launch *l)
+{
+	unsigned int end = FD_COUNT;
+	for (int i = 0; i < FD_COUNT; i++)
+		if (l->source[i] >= (int)end)
+			end = (unsigned int)l->source[i] + 1;
+	return sys3(__NR_close_range, end, ~0U, CLOSE_RANGE_UNSHARE);
 }
 
 /* Moves the sources to 0..FD_COUNT-1. A source that is itself a low number is moved out of the way first. */
@@ -119,7 +141,9 @@ static int child(void *arg)
 	char *const envp[] = {NULL};
 
 	sys0(__NR_setsid); /* a terminal's signals to the supervisor are not meant for its inits */
-	long r = place_descriptors(l);
+	long r = own_descriptors(l);
+	if (r >= 0)
+		r = place_descriptors(l);
 	if (r < 0)
 		return give_up(l, STEP_PIPES, r);
 	if (l->user_ns && (r = keep_capabilities()) < 0)
@@ -131,12 +155,26 @@ static int child(void *arg)
 
 /* --- in the parent ------------------------------------------------------------------------------------------- */
 
+/* Copies there of the sources that have higher numbers. */
+static void fill_window(struct launch *l)
+{
+	for (int i = 0; i < FD_COUNT; i++)
+		if (l->source[i] > window[FD_COUNT - 1] && sys3(__NR_dup3, l->source[i], window[i], O_CLOEXEC) >= 0)
+			l->source[i] = window[i];
+}
+
+static void empty_window(const struct launch *l)
+{
+	for (int i = 0; i < FD_COUNT; i++)
+		if (l->source[i] == window[i])
+			sys3(__NR_dup3, filler, window[i], O_CLOEXEC);
+}
+
 /* Returns the host PID of init with *pidfd set, or -1 with l->step and l->error set and nothing left behind. */
 static long launch_init(struct launch *l, uint64_t flags, int cgroup, int *pidfd)
 {
-	static char stack[CHILD_STACK] __attribute__((aligned(16))); /* one clone at a time: the GIL is held */
 	struct clone_args args = {
-		.flags = flags | CLONE_VM | CLONE_VFORK | CLONE_PIDFD | CLONE_CLEAR_SIGHAND,
+		.flags = flags | CLONE_VM | CLONE_FILES | CLONE_VFORK | CLONE_PIDFD | CLONE_CLEAR_SIGHAND,
 		.pidfd = (uint64_t)(uintptr_t)pidfd,
 		.exit_signal = SIGCHLD,
 		.stack = (uint64_t)(uintptr_t)stack,
@@ -148,10 +186,12 @@ static long launch_init(struct launch *l, uint64_t flags, int cgroup, int *pidfd
 		args.flags |= CLONE_INTO_CGROUP;
 		args.cgroup = (unsigned int)cgroup;
 	}
+	fill_window(l);
 	/* A handler that ran in the child would run on our memory. */
 	sys4(__NR_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
 	long host_pid = vfork_call(&args, child, l);
 	sys4(__NR_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
+	empty_window(l);
 	if (host_pid < 0) {
 		l->step = STEP_CLONE;
 		l->error = (int)-host_pid;
@@ -167,31 +207,43 @@ static long launch_init(struct launch *l, uint64_t flags, int cgroup, int *pidfd
 }
 
 PyDoc_STRVAR(clone_doc,
-	     "clone(flags, fds, cgroup, /) -> (pidfd, host_pid, step, errno)\n\n"
+	     "clone(flags, fds, window, cgroup, /) -> (pidfd, host_pid, step, errno)\n\n"
 	     "Clone nssup-init into the namespaces of flags (CLONE_NEW*). fds: FD_COUNT numbers, what becomes descriptor i\n"
-	     "of init, -1 for none (wire.h); the caller keeps its own. cgroup: an O_PATH fd of a v2 cgroup, or -1.\n"
+	     "of init, -1 for none (wire.h); the caller keeps its own. window: FD_COUNT rising descriptors, the lower the\n"
+	     "better, to hold copies meanwhile, and one more that they are copies of at other times. cgroup: an O_PATH fd\n"
+	     "of a v2 cgroup, or -1.\n"
 	     "On failure pidfd is -1, step (wire.h) and errno say why, and nothing is left behind.");
+
+/* Reads count numbers. Returns 0, or -1 with an exception set. */
+static int read_numbers(PyObject *tuple, int *numbers, int count)
+{
+	if (PyTuple_Size(tuple) != count) {
+		PyErr_SetString(PyExc_ValueError, "fds, window: wrong count");
+		return -1;
+	}
+	for (int i = 0; i < count; i++) {
+		long fd = PyLong_AsLong(PyTuple_GetItem(tuple, i));
+		if (fd == -1 && PyErr_Occurred())
+			return -1;
+		numbers[i] = (int)fd;
+	}
+	return 0;
+}
 
 static PyObject *clone_py(PyObject *self, PyObject *args)
 {
 	(void)self;
 	unsigned long long flags;
-	PyObject *fds;
-	int cgroup, pidfd = -1;
+	PyObject *fds, *low;
+	int cgroup, pidfd = -1, numbers[FD_COUNT + 1];
 	struct launch l = {.user_ns = 0};
 
-	if (!PyArg_ParseTuple(args, "KO!i", &flags, &PyTuple_Type, &fds, &cgroup))
+	if (!PyArg_ParseTuple(args, "KO!O!i", &flags, &PyTuple_Type, &fds, &PyTuple_Type, &low, &cgroup))
 		return NULL;
-	if (PyTuple_Size(fds) != FD_COUNT) {
-		PyErr_SetString(PyExc_ValueError, "fds: wrong count");
+	if (read_numbers(fds, l.source, FD_COUNT) < 0 || read_numbers(low, numbers, FD_COUNT + 1) < 0)
 		return NULL;
-	}
-	for (int i = 0; i < FD_COUNT; i++) {
-		long fd = PyLong_AsLong(PyTuple_GetItem(fds, i));
-		if (fd == -1 && PyErr_Occurred())
-			return NULL;
-		l.source[i] = (int)fd;
-	}
+	memcpy(window, numbers, sizeof window);
+	filler = numbers[FD_COUNT];
 	if (!(flags & CLONE_NEWPID)) {
 		/* init ends a life by killing every process it sees: outside a PID namespace of its own that is the host. */
 		PyErr_SetString(PyExc_ValueError, "flags: CLONE_NEWPID is required");

@@ -4,7 +4,8 @@
  *   - makes raw system calls only: no libc, no errno, no locks, no allocation;
  *   - never returns into the parent's frame: `vfork_call` runs fn on another stack and exits when it returns;
  *   - leaves results in memory that the parent reads when it runs again.
- * CLONE_VM without CLONE_FILES, CLONE_FS or CLONE_SIGHAND: descriptors, cwd, mask and credentials are its own.
+ * CLONE_VM without CLONE_FS or CLONE_SIGHAND: cwd, mask and credentials are its own. So are the descriptors without
+ * CLONE_FILES; with it, it takes a table of its own before it changes one.
  */
 #ifndef NSSUP_VFORK_H
 #define NSSUP_VFORK_H
