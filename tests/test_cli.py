@@ -15,11 +15,12 @@ import pytest
 from fake_supervisor import Supervisor
 
 from nssup import cli as command_line
-from nssup import client, ctl, fast
+from nssup import client, fast
 from nssup.__main__ import main
 from nssup.ctl import ControlServer
 from nssup.errors import ExitCode
 from nssup.events import State, Stop
+from nssup.routes import ROUTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -485,7 +486,7 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_api_and_the_command_line_have_the_same_verbs() -> None:
-    of_api = {route.verb for route in ctl.ROUTES if route.verb}
+    of_api = {route.verb for route in ROUTES if route.verb}
     assert of_api | {"pid"} == set(command_line.VERBS)
     assert set(fast.VERBS) | {"logs", "events", "reexec"} == set(command_line.VERBS)
 

@@ -13,11 +13,13 @@ import pytest
 from fake_supervisor import Supervisor
 from msgspec.structs import replace
 
-from nssup import ctl, http, operation
+from nssup import desk, http, operation
+from nssup.api import Reply
 from nssup.ctl import ControlServer
 from nssup.custody import Orphan
 from nssup.errors import ControlError
 from nssup.events import Exit, State, Stop
+from nssup.routes import ROUTES
 from nssup.spec import RestartPolicy
 
 if TYPE_CHECKING:
@@ -546,7 +548,7 @@ async def test_past_events_and_a_resume(site: Site) -> None:
 
 async def test_events_too_old_are_gone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.sup.add("web", enabled=False)
-    for n in range(2, 2 * ctl.EVENTS_KEPT):
+    for n in range(2, 2 * desk.EVENTS_KEPT):
         site.sup.scale_pools({"web": n % 2})
     assert (await site.get("/v1/events?since=7:1")).status == 410
 
@@ -566,14 +568,14 @@ async def test_events_of_what_was_selected(site: Site) -> None:
 
 
 async def test_a_follower_that_is_too_slow_is_told_what_it_lost(site: Site) -> None:
-    follower = ctl.Followed(lambda event: True)
-    for n in range(ctl.EVENTS_BEHIND + 5):
+    follower = desk.Followed(lambda event: True)
+    for n in range(desk.EVENTS_BEHIND + 5):
         follower.put(b"%d\n" % n)
     follower.end()
     batches = [batch async for batch in follower.batches()]
     lines = b"".join(batches).splitlines()
     assert json.loads(lines[-1]) == {"event": "events_lost", "detail": {"lost": 5}}
-    assert lines[-2] == b"%d" % (ctl.EVENTS_BEHIND - 1)
+    assert lines[-2] == b"%d" % (desk.EVENTS_BEHIND - 1)
 
 
 async def test_logs_last_and_following(site: Site) -> None:
@@ -753,7 +755,7 @@ def _ended() -> int:
 
 def _status(site: Site, request: http.Request) -> int:
     answer = site.server.app(request)
-    assert isinstance(answer, ctl.Reply)
+    assert isinstance(answer, Reply)
     return answer.status
 
 
@@ -762,11 +764,11 @@ async def test_strangers_are_refused(site: Site, monkeypatch: pytest.MonkeyPatch
     request = http.Request("GET", "/v1/status", "", {}, b"", http.Peer(1, 65534, 65534))
     control = site.server.app
     answer = control(request)
-    assert isinstance(answer, ctl.Reply)
+    assert isinstance(answer, Reply)
     assert (answer.status, dict(answer.headers)["Nssup-Exit"]) == (403, "77")
     me = request._replace(peer=http.Peer(1, os.geteuid(), 0))
     allowed = control(me)
-    assert isinstance(allowed, ctl.Reply)
+    assert isinstance(allowed, Reply)
     assert allowed.status == 200
 
 
@@ -776,7 +778,7 @@ async def test_strangers_are_refused(site: Site, monkeypatch: pytest.MonkeyPatch
 async def test_openapi_tells_every_route(site: Site) -> None:
     found = (await site.get("/v1/openapi.json")).json
     told = {(method.upper(), path) for path, methods in found["paths"].items() for method in methods}
-    assert told == {(route.method, route.path) for route in ctl.ROUTES}
+    assert told == {(route.method, route.path) for route in ROUTES}
     status = found["paths"]["/v1/status"]["get"]
     assert {p["name"] for p in status["parameters"]} == {"select", "stats", "format", "unfold", "color", "width"}
     assert set(found["components"]["schemas"]["WorkerDocument"]["required"]) == STATUS_KEYS

@@ -26,6 +26,10 @@ ROWS = [
     "snapshot logfile follower journal desired systemd reexec",
     "loop sim",
     "executor run foreground http operation",
+    "api",
+    "desk",
+    "seeing doing following",
+    "routes",
     "ctl client",
     "__main__ cli fast up",
 ]

@@ -1,0 +1,168 @@
+"""Handlers that change something: request -> inputs to the workers -> what became of each.
+
+No operation lives in a request: what was begun goes on, its client may hang up.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from nssup import operation, render, units
+from nssup.api import (
+    Accepted,
+    Answer,
+    Become,
+    Call,
+    Command,
+    KillCommand,
+    Left,
+    Reply,
+    ScaleCommand,
+    Shutdown,
+    json_reply,
+    text_reply,
+    usage,
+)
+from nssup.desk import Desk
+from nssup.errors import ControlError
+from nssup.events import Input, Kill, Restart, Start, Stop
+from nssup.operation import UP, Goal, Judge
+from nssup.selection import select_pools
+from nssup.snapshot import Snapshot, members
+
+MOST_WORKERS = 100_000
+
+
+def _meant(desk: Desk, command: Command, verb: str, *, by_default: bool = False) -> tuple[str, ...]:
+    """The workers that a changing verb is about."""
+    if command.all and command.select:
+        raise usage(f"{verb}: all, or only {' '.join(command.select)}?", "leave one of them out")
+    if not command.select and not command.all and not by_default:
+        raise usage(f"{verb}: of what?", f"name pools or workers, or say --all: nssup ctl {verb} --all")
+    return desk.select(command.select).workers
+
+
+async def _run(
+    desk: Desk,
+    verb: str,
+    work: Iterable[tuple[str, Input | None, Judge]],
+    timeout: float | None,
+    text: bool,
+    then: Callable[[], None] | None = None,
+) -> Reply:
+    found, code = await desk.settle(work, timeout, then)
+    if text:
+        out, err = render.results(verb, found)
+        return text_reply(out, err, code=code)
+    return json_reply(Accepted(desk.supervisor.workers.seq, found), code=code)
+
+
+def start(desk: Desk, call: Call) -> Answer:
+    command: Command = call.command
+    judge = operation.aim(command.wait, operation.up, UP)
+    work = [(each, Start(), judge) for each in _meant(desk, command, "start", by_default=True)]
+    return _run(desk, "start", work, command.timeout, call.text)
+
+
+def stop(desk: Desk, call: Call) -> Answer:
+    command: Command = call.command
+    judge = operation.aim(command.wait, operation.down, ("stopped",))
+    work = [(each, Stop(), judge) for each in _meant(desk, command, "stop")]
+    return _run(desk, "stop", work, command.timeout, call.text)
+
+
+def restart(desk: Desk, call: Call) -> Answer:
+    command: Command = call.command
+    there = desk.supervisor.workers.workers
+    work = [
+        (each, Restart(), operation.aim(command.wait, operation.renewed(there[each].generation), UP))
+        for each in _meant(desk, command, "restart")
+    ]
+    return _run(desk, "restart", work, command.timeout, call.text)
+
+
+def kill(desk: Desk, call: Call) -> Answer:
+    command: KillCommand = call.command
+    try:
+        signo = units.signal_number(str(command.signal))
+    except ValueError as e:
+        raise usage(f"{command.signal}: {e}") from None
+    there = desk.supervisor.workers.workers
+    judge = operation.aim(command.wait, operation.at_once, ())
+    work: list[tuple[str, Input | None, Judge]] = []
+    for each in _meant(desk, command, "kill"):
+        w = there[each]
+        reachable = w.alive and (w.init_host_pid if command.tree else w.host_pid) is not None
+        work.append((each, Kill(signo, command.tree), judge) if reachable else (each, None, operation.never))
+    return _run(desk, "kill", work, command.timeout, call.text)
+
+
+def scale(desk: Desk, call: Call) -> Answer:
+    command: ScaleCommand = call.command
+    if not command.select and not command.all:
+        raise usage("scale: of what?", "name a pool and a number: nssup ctl scale web 3")
+    there = members(desk.supervisor.workers)
+    pools = select_pools(command.select, there) if command.select else tuple(there)
+    wanted = {name: _number(command.n, desk.supervisor.workers.pools[name].workers, name) for name in pools}
+    desk.supervisor.scale_pools(wanted)
+    judge = operation.aim(command.wait, operation.scaled, UP)
+    work = [(each, None, judge) for name in pools for each in _changed(desk, name, there[name])]
+    return _run(desk, "scale", work, command.timeout, call.text)
+
+
+def _changed(desk: Desk, pool: str, before: Sequence[str]) -> list[str]:
+    """The workers of a pool that came or are going by a scale."""
+    now, workers = members(desk.supervisor.workers)[pool], desk.supervisor.workers.workers
+    gone = [each for each in before if each not in workers]
+    return [each for each in now if each not in before or workers[each].removing] + gone
+
+
+def wait(desk: Desk, call: Call) -> Answer:
+    command: Command = call.command
+    goal: Goal = command.wait if isinstance(command.wait, str) else "ready"
+    judge = operation.reached(goal)
+    work = [(each, None, judge) for each in _meant(desk, command, "wait", by_default=True)]
+    return _run(desk, "wait", work, command.timeout, call.text)
+
+
+def shutdown(desk: Desk, call: Call) -> Answer:
+    command: Shutdown = call.command
+    if command.leave_running:
+        return _leave_running(desk, command, call.text)
+    judge = operation.down_for_good if command.wait else operation.at_once
+    work = [(each, None, judge) for each in desk.select([]).workers]
+    return _run(desk, "shutdown", work, command.timeout, call.text, desk.supervisor.shutdown)
+
+
+async def _leave_running(desk: Desk, command: Shutdown, text: bool) -> Reply:
+    there = desk.supervisor.workers.workers
+    alive = [w.id for w in there.values() if w.alive]
+    left = [worker_id for worker_id in alive if desk.supervisor.outlives_us(worker_id)]
+    bound = [worker_id for worker_id in alive if worker_id not in left]
+    judge = operation.down_for_good if command.wait else operation.at_once
+    work = [(each, None, judge if each in bound else operation.at_once) for each in alive]
+    found, code = await desk.settle(work, command.timeout, desk.supervisor.leave_running)
+    if not text:
+        return json_reply(Left(desk.supervisor.workers.seq, found, left, bound), code=code)
+    for result in found:
+        if result["id"] in left:
+            result["state"] = "left running"
+    out, err = render.results("shutdown", found)
+    return text_reply(out, err, code=code)
+
+
+async def reexec(desk: Desk, call: Call) -> Reply:
+    if desk.upgrade is None:
+        raise ControlError("not-possible", "this supervisor is part of another program", http_status=409)
+    version = await desk.upgrade.rehearse()
+    desk.upgrade.begin()
+    return json_reply(Become(Snapshot(desk.supervisor, stats=False).supervisor(), version))
+
+
+def _number(n: int | str, now: int, pool: str) -> int:
+    """How many workers `n` means: a number, or a step from how many are wanted now."""
+    try:
+        wanted = int(n) + (now if isinstance(n, str) and n[:1] in ("+", "-") else 0)
+    except ValueError:
+        raise usage(f"scale: {n!r} is no number", "write N, +N or -N") from None
+    if not 0 <= wanted <= MOST_WORKERS:
+        raise usage(f"scale: {pool} cannot have {wanted} workers")
+    return wanted

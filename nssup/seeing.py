@@ -1,0 +1,99 @@
+"""Handlers that only look: request -> document."""
+
+from nssup import render
+from nssup.api import (
+    Answer,
+    Call,
+    Orphans,
+    StatusQuery,
+    WorkersQuery,
+    bad,
+    json_reply,
+    text_reply,
+    usage,
+)
+from nssup.desk import Desk
+from nssup.errors import ExitCode
+from nssup.selection import select_pools
+from nssup.snapshot import STATS_ROWS, Snapshot, members
+
+
+def status(desk: Desk, call: Call) -> Answer:
+    query: StatusQuery = call.query
+    chosen = desk.select(query.select)
+    wanted = query.format or ("text" if call.text else "json")
+    stats = wanted in ("json", "text") and (query.stats or len(chosen.workers) <= STATS_ROWS)
+    snapshot = Snapshot(desk.supervisor, stats=stats, detailed=wanted == "json")
+    document = snapshot.status(chosen.pools, chosen.workers)
+    specs = desk.supervisor.workers.pools
+    code = render.exit_code(document["workers"], {name for name in chosen.pools if specs[name].type == "oneshot"})
+    if wanted == "json":
+        return json_reply(document, code=code)
+    if wanted == "text":
+        unfold = query.unfold or bool(query.select)
+        return text_reply(render.table(document, unfold=unfold, color=query.color, width=query.width), code=code)
+    numbers = [w["host_pid"] if wanted == "host_pid" else w["ns_pid"] for w in document["workers"]]
+    there = [f"{number}\n" for number in numbers if number is not None]
+    return text_reply("".join(there), code=0 if len(there) == len(numbers) else ExitCode.NOT_RUNNING)
+
+
+def pools(desk: Desk, call: Call) -> Answer:
+    snapshot = Snapshot(desk.supervisor, stats=False)
+    return json_reply({"pools": snapshot.pools(desk.supervisor.workers.pools)})
+
+
+def pool(desk: Desk, call: Call) -> Answer:
+    (name,) = call.arguments
+    there = members(desk.supervisor.workers)
+    (pool,) = select_pools([name], {name: there[name]} if name in there else there)
+    snapshot = Snapshot(desk.supervisor, stats=len(there[pool]) <= STATS_ROWS)
+    return json_reply({**snapshot.pools([pool])[0], "workers": [snapshot.worker(each) for each in there[pool]]})
+
+
+def workers(desk: Desk, call: Call) -> Answer:
+    query: WorkersQuery = call.query
+    found = [
+        w
+        for w in map(desk.supervisor.workers.workers.__getitem__, desk.select(query.select).workers)
+        if query.pool in (None, w.pool) and query.state in (None, w.state)
+    ]
+    snapshot = Snapshot(desk.supervisor, stats=query.stats or len(found) <= STATS_ROWS)
+    return json_reply({"workers": [snapshot.worker(w.id) for w in found]})
+
+
+def worker(desk: Desk, call: Call) -> Answer:
+    worker_id = "/".join(call.arguments)
+    if worker_id not in desk.supervisor.workers.workers:
+        desk.select([worker_id])  # says what there is instead
+        raise bad(f"{worker_id!r} means more than one worker")
+    return json_reply(Snapshot(desk.supervisor, stats=True).worker(worker_id))
+
+
+def which(desk: Desk, call: Call) -> Answer:
+    (text,) = call.arguments
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise usage(f"{text!r} is no host PID")
+    chosen = desk.select([f"host:{text}"])
+    if call.text:
+        return text_reply(f"{chosen.workers[0]}\n")
+    return json_reply({"host_pid": int(text), "id": chosen.workers[0]})
+
+
+def healthz(desk: Desk, call: Call) -> Answer:
+    source = Snapshot(desk.supervisor, stats=False).supervisor()
+    if call.text:
+        return text_reply(f"pong: nssup {source['version']}, host PID {source['host_pid']}\n")
+    failed = {"reexec_failed": desk.upgrade.failed} if desk.upgrade and desk.upgrade.failed else {}
+    return json_reply({"status": "ok", "supervisor": source, **failed})
+
+
+def orphans(desk: Desk, call: Call) -> Answer:
+    found = Orphans([orphan._asdict() for orphan in desk.supervisor.orphans()], [*desk.supervisor.set_aside()])
+    if not call.text:
+        return json_reply(found)
+    lines = [
+        f"{o.worker} generation {o.generation}: init's host PID {o.init_host_pid or '-'}, "
+        f"its program's {o.host_pid or '-'}: {o.reason}"
+        for o in desk.supervisor.orphans()
+    ]
+    return text_reply("".join([f"{line}\n" for line in [*lines, *found.set_aside]]))
