@@ -2,7 +2,7 @@
 
     python tests/takeover.py points [NAME...]            every case, or those whose names hold NAME
     python tests/takeover.py random [--kills 50] [--workers 200] [--seed N]
-    python tests/takeover.py recovery [--kills 100] [--workers 200] [--seed N]
+    python tests/takeover.py recovery [--kills 100] [--each 5] [--workers 200] [--seed N]
     python tests/takeover.py redis [--kills 5]           redis-server under redis-benchmark
 
 Runs in a PID namespace of its own, whose PID 1 is this program: all that is in there is the supervisor's, or a leak.
@@ -43,6 +43,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
+import crash
 import uvloop  # noqa: F401 - here once, and not in each supervisor
 
 from nssup import _clone, _pidfd, adopt, cli, client, clone, ctl, custody, lives, logs, loop, record, up  # noqa: F401
@@ -361,7 +362,10 @@ def unlisted(site: Site, status: dict[str, Json]) -> list[Seen]:
 
 def disagreements(status: dict[str, Json]) -> list[str]:
     """Where a state is not what the kernel has."""
-    there, wrong = processes(), []
+    there = processes()
+    wrong: list[str] = []
+    held = collections.Counter(worker["init_host_pid"] for worker in status.values())
+    wrong += [f"init {init} is of {count} workers" for init, count in held.items() if init is not None and count > 1]
     for worker_id, worker in status.items():
         init, program = worker["init_host_pid"], worker["host_pid"]
         if worker["state"] in ("running", "starting", "stopping") and init is not None:
@@ -1414,7 +1418,9 @@ class Crowd:
 
     def __init__(self, site: Site, workers: int, chance: random.Random) -> None:
         self.site, self.chance = site, chance
+        crash.prepare(site.home)
         sizes = {"codes": workers // 5, "forks": workers // 10, "loops": workers // 10, "deaf": workers // 10}
+        sizes["says"] = workers // 10
         sizes = {name: max(size, 1) for name, size in sizes.items()} | {"off": 1}
         self.sizes = sizes | {"long": max(workers - sum(sizes.values()), 1)}
         rest = f"sleep 0.{chance.randrange(1, 5)}$(( (NSSUP_INDEX + NSSUP_GENERATION) % 10 ))"
@@ -1427,15 +1433,17 @@ class Crowd:
             "deaf": (DEAF, {"stop": '[{ signal = "TERM", wait = "150ms" }, "kill"]'} | backoff),
             "off": (LONG, {"enabled": "false"}),
         }
+        says = f"[pool.says]\ncommand = {crash.program(site.home, 0, 20)}\nworkers = {self.sizes['says']}\n"
         site.write_config(
-            "".join(
-                pool(name, *scripts[name][:1], workers=size, **scripts[name][1]) for name, size in self.sizes.items()
-            )
+            says
+            + "".join(pool(name, *scripts[name][:1], workers=self.sizes[name], **scripts[name][1]) for name in scripts)
         )
         self.before: dict[str, Json] = {}
 
     def long_ones(self) -> dict[str, Json]:
-        return {worker_id: worker for worker_id, worker in self.site.status().items() if worker_id.startswith("long/")}
+        """Those that run on."""
+        found = self.site.status()
+        return {worker_id: one for worker_id, one in found.items() if one["pool"] in ("long", "says")}
 
     def settle(self) -> None:
         """Until those that run on do, for the first time."""
@@ -1460,10 +1468,23 @@ class Crowd:
         self.site.tell("stop", *pools)
         down = ("stopped", "failed", "done")
         self.site.until(
-            lambda: all(w["state"] in down for i, w in self.site.status().items() if not i.startswith("long/")),
+            lambda: all(w["state"] in down for w in self.site.status().values() if w["pool"] != "long"),
             "all others are down",
             30,
         )
+
+    def output(self) -> crash.Outcome:
+        """Whether what was written is in the log, once all have ended."""
+        found = crash.Outcome(0, self.sizes["says"])
+        crash.compare(self.site.home, [self.site.home / "l" / "says.jsonl"], found)
+        return found
+
+    def adopted_twice(self) -> list[str]:
+        """Workers that one and the same supervisor says to have taken over more than once."""
+        told = collections.Counter(
+            (event["epoch"], event["worker"]) for event in self.site.events() if event["event"] == "adopted"
+        )
+        return [f"adopted {count} times in epoch {key[0]}: {key[1]}" for key, count in told.items() if count > 1]
 
     def wrong_exits(self, until: float) -> tuple[int, list[str]]:
         """(ends of lives told before that time, those that are not what the program did)."""
@@ -1521,7 +1542,10 @@ def random_kills(kills: int, workers: int, seed: int) -> int:
         lives_seen = len(site.canaries())
         of_these = sum(line.partition("/")[0] in ("codes", "forks", "loops") for line in site.canaries())
         site.stop()
+        output = crowd.output()
+        wrong += crowd.adopted_twice() + output.wrong
         print(f"seed {seed}: {kills} kills, {sum(crowd.sizes.values())} workers, {lives_seen} lives")
+        print(f"  lines {output.lines}, missing {output.missing}, twice {output.twice}")
         print(f"  of {of_these} ends {ends} told, exits wrong {len(wrong_exits)}, other faults {len(wrong)}")
         print(f"  seconds to adopt: median {sorted(adoption)[len(adoption) // 2]:.3f}, most {max(adoption):.3f}")
         for what in [*wrong, *wrong_exits][:20]:
@@ -1529,21 +1553,28 @@ def random_kills(kills: int, workers: int, seed: int) -> int:
         return int(bool(wrong or wrong_exits))
 
 
+class Phase(NamedTuple):
+    """A part of recovery, which begins when a function returns. each: once for each life, not once."""
+
+    begins: Kill
+    each: bool = False
+
+
 PHASES = {
-    "locked": Kill(DIRECTORIES, "__init__"),
-    "notes read": Kill(LIVES, "read"),
-    "lives held": Kill(PROCESS, "adopt"),
-    "logs opened": Kill(lambda: logs.LogHub, "open_pool"),
-    "HELLO": Kill(PROCESS, "hello"),
-    "noted again": Kill(LIVES, "write"),
-    "STATE": Kill(SUPERVISOR, "_told_state"),
-    "serving": Kill(lambda: ctl.ControlServer, "__init__"),
+    "locked": Phase(Kill(DIRECTORIES, "__init__", True)),
+    "notes read": Phase(Kill(LIVES, "read", True)),
+    "lives held": Phase(Kill(PROCESS, "adopt", True), each=True),
+    "logs opened": Phase(Kill(lambda: logs.LogHub, "open_pool", True)),
+    "HELLO": Phase(Kill(PROCESS, "hello", True), each=True),
+    "noted again": Phase(Kill(LIVES, "write", True), each=True),
+    "STATE": Phase(Kill(SUPERVISOR, "_told_state", True), each=True),
+    "serving": Phase(Kill(lambda: ctl.ControlServer, "__init__", True)),
 }
 
 
 def watch_phases(shared: mmap.mmap, locked: int) -> None:
     """In a supervisor to be: the number of the phase that it reached last is in shared, locked is told of the first."""
-    for number, where in enumerate(PHASES.values(), 1):
+    for number, (where, _) in enumerate(PHASES.values(), 1):
         owner = where.where()
         real = owner.__dict__[where.name]
         is_classmethod = isinstance(real, classmethod)
@@ -1559,50 +1590,98 @@ def watch_phases(shared: mmap.mmap, locked: int) -> None:
         setattr(owner, where.name, classmethod(marking) if is_classmethod else marking)
 
 
-def recovery_kills(kills: int, workers: int, seed: int, longest: float = 0.05) -> int:
-    """The supervisor is killed again and again, a moment after it took the lock."""
+class Recovery:
+    """A crowd whose supervisor was killed, and the next ones, which are killed while they take it over."""
+
+    def __init__(self, site: Site, crowd: Crowd, chance: random.Random) -> None:
+        self._site, self._crowd, self._chance = site, crowd, chance
+        self._shared = mmap.mmap(-1, 4096)
+        self.at_random: collections.Counter[str] = collections.Counter()
+        self.aimed: collections.Counter[str] = collections.Counter()
+        self.adopted: list[float] = []
+        self.wrong: list[str] = []
+
+    def kill_at_random(self, longest: float) -> None:
+        """At an instant from 0 to longest seconds after the lock was taken."""
+        self._shared[0] = 0
+        read, write = os.pipe()
+        os.set_inheritable(write, True)
+        keep = fcntl.fcntl(write, fcntl.F_DUPFD, 1500)
+        os.close(write)
+        self._site.start(prepare=functools.partial(watch_phases, self._shared, keep))
+        os.close(keep)
+        assert os.read(read, 1), f"it did not take the lock: {self._site.said()}"
+        moment = time.monotonic() + longest * self._chance.random()
+        while time.monotonic() < moment:
+            pass
+        self._site.kill()
+        os.close(read)
+        self.at_random[list(PHASES)[self._shared[0] - 1]] += 1
+
+    def kill_in(self, name: str) -> None:
+        """In that phase, wherever in it."""
+        phase = PHASES[name]
+        nth = self._chance.randrange(1, self._crowd.sizes["long"] + 1) if phase.each else 1
+        self._site.start(phase.begins._replace(nth=nth))
+        self._site.wait_dead()
+        self.aimed[name] += 1
+
+    def complete(self) -> None:
+        """One that is let live has everything as it was."""
+        began = time.monotonic()
+        self._site.start()
+        self._site.wait_answer()
+        self.adopted.append(time.monotonic() - began)
+        self.wrong += self._crowd.changed()
+
+    def hits(self, name: str) -> int:
+        return self.at_random[name] + self.aimed[name]
+
+    def table(self) -> str:
+        rows = [f"  {name:12} {self.at_random[name]:9} {self.aimed[name]:6} {self.hits(name):6}" for name in PHASES]
+        return "\n".join([f"  {'phase':12} {'at random':>9} {'aimed':>6} {'hits':>6}", *rows])
+
+
+def recovery_kills(kills: int, workers: int, seed: int, each: int, longest: float = 0.05) -> int:
+    """The supervisor is killed again and again, a moment after it took the lock.
+
+    First at random instants; then in each phase that was not hit `each` times, until it was.
+    """
     chance = random.Random(seed)
-    shared = mmap.mmap(-1, 4096)
-    hits: collections.Counter[int] = collections.Counter()
     with a_site() as site:
         crowd = Crowd(site, workers, chance)
         site.start()
         site.wait_answer()
         crowd.settle()
         site.kill()
-        for _ in range(kills):
-            shared[0] = 0
-            read, write = os.pipe()
-            os.set_inheritable(write, True)
-            keep = fcntl.fcntl(write, fcntl.F_DUPFD, 1500)
-            os.close(write)
-            site.start(prepare=functools.partial(watch_phases, shared, keep))
-            os.close(keep)
-            assert os.read(read, 1), f"it did not take the lock: {site.said()}"
-            moment = time.monotonic() + longest * chance.random()
-            while time.monotonic() < moment:
-                pass
-            site.kill()
-            os.close(read)
-            hits[shared[0]] += 1
-        began = time.monotonic()
-        site.start()
-        site.wait_answer()
-        adopted = time.monotonic() - began
-        wrong = crowd.changed()
+        recovery = Recovery(site, crowd, chance)
+        for number in range(kills):
+            recovery.kill_at_random(longest)
+            if number % 25 == 24:
+                recovery.complete()
+                site.kill()
+        aims = [name for name in PHASES for _ in range(each - recovery.hits(name))]
+        chance.shuffle(aims)
+        for name in aims:
+            recovery.kill_in(name)
+        recovery.complete()
         until = time.time()
         crowd.rest()
-        wrong += check(site)
-        _, wrong_exits = crowd.wrong_exits(until)
+        wrong = recovery.wrong + check(site) + crowd.adopted_twice()
+        ends, wrong_exits = crowd.wrong_exits(until)
+        site.stop()
+        output = crowd.output()
+        wrong += output.wrong
         print(
-            f"seed {seed}: {kills} kills 0-{longest * 1000:.0f} ms after the lock, {sum(crowd.sizes.values())} workers"
+            f"seed {seed}: {kills} kills 0-{longest * 1000:.0f} ms after the lock and {len(aims)} aimed, "
+            f"{sum(crowd.sizes.values())} workers"
         )
-        for number, name in enumerate(("before the lock", *PHASES)):
-            print(f"  {hits[number]:5}  {name}")
-        print(f"  adopted in {adopted:.3f} s, exits wrong {len(wrong_exits)}, other faults {len(wrong)}")
+        print(recovery.table())
+        print(f"  lines {output.lines}, missing {output.missing}, twice {output.twice}; lives {len(site.canaries())}")
+        print(f"  seconds to adopt: median {sorted(recovery.adopted)[len(recovery.adopted) // 2]:.3f}")
+        print(f"  of {ends} ends told wrong {len(wrong_exits)}, other faults {len(wrong)}")
         for what in [*wrong, *wrong_exits][:20]:
             print("  ", what)
-        site.stop()
         return int(bool(wrong or wrong_exits))
 
 
@@ -1678,6 +1757,8 @@ def main(argv: list[str]) -> int:
         parsed.add_argument("--kills", type=int, default=kills)
         parsed.add_argument("--workers", type=int, default=200)
         parsed.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2), "little"))
+        if verb == "recovery":
+            parsed.add_argument("--each", type=int, default=5, help="times that each phase is hit at least")
     parsed = verbs.add_parser("redis")
     parsed.add_argument("--kills", type=int, default=5)
     options = parser.parse_args(argv)
@@ -1685,8 +1766,9 @@ def main(argv: list[str]) -> int:
         return in_own_namespace(lambda: points(options.names, options.part))
     if options.verb == "redis":
         return in_own_namespace(lambda: redis(options.kills, 100_000_000))
-    run = random_kills if options.verb == "random" else recovery_kills
-    return in_own_namespace(lambda: run(options.kills, options.workers, options.seed))
+    if options.verb == "recovery":
+        return in_own_namespace(lambda: recovery_kills(options.kills, options.workers, options.seed, options.each))
+    return in_own_namespace(lambda: random_kills(options.kills, options.workers, options.seed))
 
 
 if __name__ == "__main__":
