@@ -5,11 +5,12 @@ Nothing heavy is imported before it is known to be needed; `run` is parsed by ha
 
 from nssup import client, fast
 from nssup.client import FAILED, OK, USAGE, Options
+from nssup.verbs import COMMON, SELECTORS, VERBS, Option, Verb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
     from nssup.foreground import Options as RunOptions
@@ -21,26 +22,7 @@ COMMANDS = {
     "check": "validate a config file without starting anything",
     "version": "print the version",
 }
-# The verbs of ctl; those that the API has, with the API's own words (a test keeps that).
-VERBS = {
-    "status": "pools and workers, and how they are",
-    "events": "what happens",
-    "logs": "what workers write",
-    "pid": "host PIDs, or namespace PIDs, of workers",
-    "which": "the worker whose tree holds a host PID",
-    "ping": "whether the supervisor answers",
-    "start": "start workers",
-    "stop": "stop workers by their stop sequence",
-    "restart": "stop workers and start them again",
-    "kill": "send a signal to workers",
-    "scale": "have another number of workers, for good",
-    "wait": "wait until workers are as wanted",
-    "shutdown": "stop everything and end the supervisor",
-    "reexec": "have the supervisor become the code that is installed now; workers go on",
-    "orphans": "what an earlier supervisor left that cannot be proven to be its own",
-}
 REEXEC_PATIENCE = 60.0  # seconds for an answer: the new code is tried out before
-SELECTORS = "web (a pool), web/3 (a worker), globs as 'web/*', host:5151 (by host PID)"
 EXIT_CODES = """exit codes: 0 ok, 1 failed, 2 usage, 3 status: something selected is not running, 4 no such pool or
 worker, 69 no supervisor at the socket, 77 not permitted, 78 bad config, 124 timed out; run: the command's own, 128+n
 for signals, 125 nssup failed, 126 not executable, 127 not found"""
@@ -66,7 +48,7 @@ def main(argv: list[str]) -> int:
     return client.guarded(lambda: action(arguments))
 
 
-def _unknown(what: str, word: str, known: "dict[str, str]") -> int:
+def _unknown(what: str, word: str, known: "Iterable[str]") -> int:
     from difflib import get_close_matches
 
     near = get_close_matches(word, known, n=1)
@@ -115,12 +97,18 @@ def _parser() -> "ArgumentParser":
     ctl = command("ctl", lambda arguments: OK)
     ctl.epilog, ctl.formatter_class = f"SEL: {SELECTORS}\n\n{EXIT_CODES}", raw
     verbs = ctl.add_subparsers(metavar="VERB", required=True)
-    for verb, summary in VERBS.items():
+    for verb in VERBS.values():
         sub = verbs.add_parser(
-            verb, help=summary, description=summary, allow_abbrev=False, argument_default=_suppress()
+            verb.name,
+            help=verb.summary,
+            description=f"{verb.summary}. {verb.details}" if verb.details else verb.summary,
+            allow_abbrev=False,
+            argument_default=_suppress(),
         )
         sub.set_defaults(action=_ctl, verb=verb)
-        _add_verb(sub, verb)
+        _add_operands(sub, verb.operands)
+        for option in (*COMMON, *verb.options):
+            _add_option(sub, option)
     return parser
 
 
@@ -130,61 +118,26 @@ def _suppress() -> str:
     return SUPPRESS
 
 
-def _add_verb(sub: "ArgumentParser", verb: str) -> None:
-    sub.add_argument("--socket", metavar="PATH", help="default: $NSSUP_SOCKET, or this user's")
-    sub.add_argument("--json", action="store_true", help="what the supervisor answers, as it is")
-    sub.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
-    _add_selectors(sub, verb)
-    if verb in ("start", "stop", "restart", "scale", "kill"):
-        sub.add_argument("--all", action="store_true", help="all there are")
-    if verb in ("start", "stop", "restart", "scale", "shutdown", "reexec"):
-        sub.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait for the result")
-    if verb in ("start", "stop", "restart", "scale", "shutdown", "reexec", "wait"):
-        sub.add_argument("--timeout", type=_seconds, metavar="S", help="wait at most so long (exit 124)")
-    for names, options in _OWN.get(verb, []):
-        sub.add_argument(*names, **options)
+def _add_option(sub: "ArgumentParser", option: Option) -> None:
+    if not option.takes_value:
+        sub.add_argument(*option.names, dest=option.field, action=_SWITCH[option.kind], help=option.help)
+        return
+    converted = {"type": _seconds} if option.kind == "seconds" else {}
+    chosen = {"choices": option.choices} if option.choices else {"metavar": option.metavar}
+    sub.add_argument(*option.names, dest=option.field, help=option.help, **chosen, **converted)  # type: ignore[arg-type]
 
 
-# The options that only one verb has.
-_OWN: "dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]]" = {
-    "status": [
-        (("-a", "--all"), {"dest": "unfold", "action": "store_true", "help": "a line for each worker"}),
-        (("--stats",), {"action": "store_true", "help": "CPU and memory also of many workers"}),
-    ],
-    "pid": [(("--ns",), {"action": "store_true", "help": "the PID in the worker's own namespace"})],
-    "kill": [
-        (("-s", "--signal"), {"metavar": "SIG", "help": "name or number (TERM); -9 and -HUP too"}),
-        (("--tree",), {"action": "store_true", "help": "to every process of the worker"}),
-    ],
-    "wait": [(("--for",), {"dest": "goal", "choices": fast.GOALS, "help": "default: ready"})],
-    "shutdown": [
-        (
-            ("--leave-running",),
-            {"action": "store_true", "help": "stop only workers that end with the supervisor; the others go on"},
-        )
-    ],
-    "events": [
-        (("-f", "--follow"), {"action": "store_true", "help": "go on with what happens"}),
-        (("-n",), {"dest": "n", "metavar": "N", "help": "the last N (1000; with -f 10)"}),
-    ],
-    "logs": [
-        (("-f", "--follow"), {"action": "store_true", "help": "go on with what is written"}),
-        (("-n",), {"dest": "n", "metavar": "N", "help": "the last N records (100; with -f 10)"}),
-        (("--raw",), {"action": "store_true", "help": "only what was written, byte for byte"}),
-    ],
-}
+_SWITCH = {"on": "store_true", "off": "store_false"}
 
 
-def _add_selectors(sub: "ArgumentParser", verb: str) -> None:
-    if verb == "which":
+def _add_operands(sub: "ArgumentParser", operands: str) -> None:
+    if operands == "HOST_PID":
         sub.add_argument("selectors", nargs=1, metavar="HOST_PID")
-    elif verb == "scale":
+    elif operands == "POOL* N":
         sub.add_argument("selectors", nargs="*", metavar="POOL")
         sub.add_argument("n", metavar="N", help="N, +N or -N")
-    elif verb == "pid":
-        sub.add_argument("selectors", nargs="+", metavar="SEL", help=SELECTORS)
-    elif verb not in ("ping", "shutdown", "reexec", "orphans"):
-        sub.add_argument("selectors", nargs="*", metavar="SEL", help=SELECTORS)
+    elif operands:
+        sub.add_argument("selectors", nargs=operands[-1], metavar="SEL", help=SELECTORS)
 
 
 def _seconds(text: str) -> float:
@@ -359,14 +312,15 @@ def _run_parsed(arguments: "Namespace") -> int:
 
 def _ctl(arguments: "Namespace") -> int:
     """What fast would have done with the same words better put; or a stream."""
-    o = Options()
+    verb: Verb = arguments.verb
+    o = fast.defaults(verb)
     for name, value in vars(arguments).items():
         setattr(o, name, value)
-    if arguments.verb in ("logs", "events"):
-        return _stream(arguments.verb, o, getattr(arguments, "follow", False), getattr(arguments, "raw", False))
-    if arguments.verb == "reexec":
+    if verb.streams:
+        return _stream(verb.name, o, bool(o.get("follow")), bool(o.get("raw")))
+    if verb.name == "reexec":
         return _reexec(o)
-    return client.perform(arguments.verb, o)
+    return client.perform(verb, o)
 
 
 def _reexec(o: Options) -> int:

@@ -1,12 +1,14 @@
 """The client's side of the control socket: raw HTTP, and what the supervisor rendered is copied out as it is.
 
-`nssup ctl status` must cost little more than starting Python, so this file imports `_socket`, `os` and `sys` and no
-more (a test keeps that); it knows no types of the rest of the package, and its exit codes are errors.ExitCode's.
+`nssup ctl status` must cost little more than starting Python, so this file imports `_socket`, `os`, `sys` and the table
+of verbs (a test keeps that); it knows no types of the rest of the package, and its exit codes are errors.ExitCode's.
 """
 
 import _socket
 import os
 import sys
+
+from nssup.verbs import Verb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,25 +36,20 @@ class Unanswered(ClientError):
 
 
 class Options:
-    """What was asked on the command line, with the defaults of all verbs."""
+    """What was asked on the command line. What only some verbs have is in here when it was said."""
 
     json = False
     quiet = False
     socket: "str | None" = None
-    unfold = False
-    stats = False
-    all = False
     wait = True
     timeout: "float | None" = None
-    signal = "TERM"
-    tree = False
-    goal = "ready"
-    ns = False
     n: "str | None" = None
-    leave_running = False
 
     def __init__(self) -> None:
         self.selectors: list[str] = []
+
+    def get(self, field: str) -> object:
+        return getattr(self, field, None)
 
 
 # --- where ---------------------------------------------------------------------------------------------------------
@@ -119,68 +116,51 @@ def request(method: str, target: str, body: "str | None" = None, accept: str = "
     return f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
 
 
-def _selects(o: Options) -> "list[tuple[str, str]]":
-    return [("select", each) for each in o.selectors]
+def _pairs(verb: Verb, o: Options) -> "list[tuple[str, str]]":
+    """What a verb that looks has to say in its query."""
+    pairs = [("select", each) for each in o.selectors] if verb.operands.startswith("SEL") else []
+    for option in verb.options:
+        value = o.get(option.field)
+        if option.sent and value is not None:
+            pairs.append((option.sent, "1" if value is True else str(value)))
+    if verb.name == "pid" and not o.json:
+        pairs.append(("format", "ns_pid" if o.get("ns") else "host_pid"))
+    if verb.wide and not o.json and is_terminal(1):
+        pairs.append(("width", str(os.get_terminal_size(1).columns)))
+        if may_color():
+            pairs.append(("color", "1"))
+    return pairs
 
 
-def _status(o: Options) -> str:
-    pairs = _selects(o)
-    if o.stats:
-        pairs.append(("stats", "1"))
-    if not o.json:
-        if o.unfold:
-            pairs.append(("unfold", "1"))
-        if is_terminal(1):
-            pairs.append(("width", str(os.get_terminal_size(1).columns)))
-            if may_color():
-                pairs.append(("color", "1"))
-    return "/v1/status" + query(pairs)
-
-
-def _pid(o: Options) -> str:
-    pairs = _selects(o)
-    return "/v1/status" + query(pairs if o.json else [*pairs, ("format", "ns_pid" if o.ns else "host_pid")])
-
-
-def _command(verb: str, o: Options) -> str:
-    """The body of a changing verb."""
+def _body(verb: Verb, o: Options) -> str:
+    """The body of a verb that changes something."""
     fields = []
-    if verb != "shutdown":
+    if verb.operands:
         fields.append(f'"select": [{", ".join([json_string(each) for each in o.selectors])}]')
-        fields.append(f'"all": {_true(o.all)}')
-    if verb == "wait":
-        fields.append(f'"wait": {json_string(o.goal)}')
-    elif verb != "kill":
-        fields.append(f'"wait": {_true(o.wait)}')
-    if o.timeout is not None:
-        fields.append(f'"timeout": {o.timeout!r}')
-    if verb == "kill":
-        fields.append(f'"signal": {json_string(o.signal)}, "tree": {_true(o.tree)}')
-    if verb == "scale":
+    for option in verb.options:
+        value = o.get(option.field)
+        if option.sent and value is not None:
+            fields.append(f'"{option.sent}": {_json(value)}')
+    if verb.operands.endswith("N"):
         fields.append(f'"n": {json_string(o.n or "")}')
-    if o.leave_running:
-        fields.append('"leave_running": true')
     return "{" + ", ".join(fields) + "}"
 
 
-def _true(value: bool) -> str:
-    return "true" if value else "false"
+def _json(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value) if isinstance(value, int | float) else json_string(str(value))
 
 
-def request_for(verb: str, o: Options) -> bytes:
-    """The request that a hot verb makes."""
+def request_for(verb: Verb, o: Options) -> bytes:
+    """The request that a verb makes."""
     accept = "application/json" if o.json else "text/plain"
-    if verb == "status":
-        return request("GET", _status(o), None, accept)
-    if verb == "ping":
-        return request("GET", "/healthz", None, accept)
-    if verb == "orphans":
-        return request("GET", "/v1/orphans", None, accept)
-    if verb == "pid":
-        return request("GET", _pid(o), None, accept)
-    if verb == "which":
-        return request("GET", f"/v1/which/{quote(o.selectors[0]).replace('/', '%2F')}", None, accept)
-    return request("POST", f"/v1/{verb}", _command(verb, o), accept)
+    path = verb.path
+    if "{" in path:
+        path = path[: path.index("{")] + quote(o.selectors[0]).replace("/", "%2F")
+    if verb.method == "GET":
+        return request("GET", path + query(_pairs(verb, o)), None, accept)
+    return request(verb.method, path, _body(verb, o), accept)
 
 
 # --- reading answers -----------------------------------------------------------------------------------------------
@@ -324,12 +304,12 @@ def guarded(action: "Callable[[], int]") -> int:
         return INTERRUPTED
 
 
-def perform(verb: str, o: Options) -> int:
+def perform(verb: Verb, o: Options) -> int:
     """Asks, writes what the answer says, and returns the exit code it says."""
     return guarded(lambda: _perform(verb, o))
 
 
-def _perform(verb: str, o: Options) -> int:
+def _perform(verb: Verb, o: Options) -> int:
     path = o.socket or default_socket()
     sock, answer = ask(path, request_for(verb, o), _patience(verb, o))
     try:
@@ -342,7 +322,7 @@ def _perform(verb: str, o: Options) -> int:
         if not o.quiet or o.json:
             write(1, out)
         write(2, err)
-        if verb == "shutdown" and o.wait and code == OK:
+        if verb.name == "shutdown" and o.wait and code == OK:
             _wait_end(sock)
         return code
     finally:
@@ -358,9 +338,8 @@ def wait_hung_up(sock: "_socket.socket") -> None:
         pass
 
 
-def _patience(verb: str, o: Options) -> "float | None":
-    waits = verb == "wait" or (o.wait and verb in ("start", "stop", "restart", "scale", "shutdown"))
-    if not waits:
+def _patience(verb: Verb, o: Options) -> "float | None":
+    if not (verb.waits and o.wait):
         return PATIENCE
     return None if o.timeout is None else o.timeout + PATIENCE
 

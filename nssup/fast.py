@@ -5,88 +5,69 @@ Whatever is not plainly one of them (help, a mistake, a verb that does more than
 
 from nssup import client
 from nssup.client import Options
+from nssup.verbs import COMMON, LONG, VERBS, Option, Verb
 
-_SWITCHES = {
-    "--json": ("json", True),
-    "-q": ("quiet", True),
-    "--quiet": ("quiet", True),
-}
-_CHANGING = {"--all": ("all", True), "--no-wait": ("wait", False), **_SWITCHES}
-_STATUS = {"-a": ("unfold", True), "--all": ("unfold", True), "--stats": ("stats", True), **_SWITCHES}
-# verb -> (switches, options with a value)
-VERBS = {
-    "status": (_STATUS, {"--socket": "socket"}),
-    "ping": (_SWITCHES, {"--socket": "socket"}),
-    "which": (_SWITCHES, {"--socket": "socket"}),
-    "pid": ({"--ns": ("ns", True), **_SWITCHES}, {"--socket": "socket"}),
-    "start": (_CHANGING, {"--socket": "socket", "--timeout": "timeout"}),
-    "stop": (_CHANGING, {"--socket": "socket", "--timeout": "timeout"}),
-    "restart": (_CHANGING, {"--socket": "socket", "--timeout": "timeout"}),
-    "scale": (_CHANGING, {"--socket": "socket", "--timeout": "timeout"}),
-    "kill": (
-        {"--all": ("all", True), "--tree": ("tree", True), **_SWITCHES},
-        {"--socket": "socket", "-s": "signal", "--signal": "signal"},
-    ),
-    "wait": (_SWITCHES, {"--socket": "socket", "--timeout": "timeout", "--for": "goal"}),
-    "orphans": (_SWITCHES, {"--socket": "socket"}),
-    "shutdown": (
-        {"--no-wait": ("wait", False), "--leave-running": ("leave_running", True), **_SWITCHES},
-        {"--socket": "socket", "--timeout": "timeout"},
-    ),
-}
-GOALS = ("ready", "running", "stopped", "done")
+GOAL = "ready"  # of `wait`
 
 
-def parse(argv: list[str]) -> "tuple[str, Options] | None":
+def parse(argv: list[str]) -> "tuple[Verb, Options] | None":
     """(verb, options) of the arguments after `ctl`, or None when they are for cli."""
-    if not argv or argv[0] not in VERBS:
+    if not argv or argv[0] not in VERBS or argv[0] in LONG:
         return None
-    verb = argv[0]
-    switches, valued = VERBS[verb]
-    o = Options()
+    verb = VERBS[argv[0]]
+    known = {name: option for option in (*COMMON, *verb.options) for name in option.names}
+    o = defaults(verb)
     rest = iter(argv[1:])
     for word in rest:
         name, equals, value = word.partition("=")
-        if word in switches:
-            setattr(o, *switches[word])
-        elif name in valued and (equals or word == name):
+        option = known.get(name)
+        if option is not None and not option.takes_value and not equals:
+            setattr(o, option.field, option.kind == "on")
+        elif option is not None and option.takes_value:
             given = value if equals else next(rest, None)
-            if given is None or not _set(o, valued[name], given):
+            if given is None or not _set(o, option, given):
                 return None
-        elif verb == "kill" and is_signal_option(word):
-            o.signal = word[1:]
-        elif word.startswith("-") and not (verb == "scale" and word[1:].isdigit()):
+        elif verb.name == "kill" and is_signal_option(word):
+            o.signal = word[1:]  # type: ignore[attr-defined]
+        elif word.startswith("-") and not (verb.name == "scale" and word[1:].isdigit()):
             return None
         else:
             o.selectors.append(word)
     return (verb, o) if _complete(verb, o) else None
 
 
-def _set(o: Options, name: str, value: str) -> bool:
+def defaults(verb: Verb) -> Options:
+    """Options of a verb of which nothing was said."""
+    o = Options()
+    if verb.name == "wait":
+        o.goal = GOAL  # type: ignore[attr-defined]
+    return o
+
+
+def _set(o: Options, option: Option, text: str) -> bool:
     """Whether the value is one for this option."""
-    if name == "timeout":
-        seconds = duration(value)
-        if seconds is None:
-            return False
-        o.timeout = seconds
-        return True
-    if not value or (name == "goal" and value not in GOALS):
+    value: object = text
+    if option.kind == "seconds":
+        value = duration(text)
+    elif option.kind == "choice" and text not in option.choices:
+        value = None
+    if not text or value is None:
         return False
-    setattr(o, name, value)
+    setattr(o, option.field, value)
     return True
 
 
-def _complete(verb: str, o: Options) -> bool:
-    if verb == "scale":
-        if len(o.selectors) < (1 if o.all else 2):
+def _complete(verb: Verb, o: Options) -> bool:
+    if verb.operands == "POOL* N":
+        if len(o.selectors) < (1 if o.get("all") else 2):
             return False
         o.n = o.selectors.pop()
         return o.n.lstrip("+-").isdigit()
-    if verb in ("ping", "shutdown", "orphans"):
+    if verb.operands == "HOST_PID":
+        return len(o.selectors) == 1
+    if not verb.operands:
         return not o.selectors
-    if verb == "pid":
-        return bool(o.selectors)
-    return len(o.selectors) == 1 if verb == "which" else True
+    return bool(o.selectors) or verb.operands == "SEL*"
 
 
 def is_signal_option(word: str) -> bool:

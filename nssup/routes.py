@@ -1,7 +1,7 @@
 """The table of everything that can be asked over HTTP. Dispatch, access and the OpenAPI document are made from it."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -24,6 +24,7 @@ from nssup.api import (
     json_reply,
 )
 from nssup.desk import Desk
+from nssup.verbs import VERBS
 
 
 def _openapi(desk: Desk, call: Call) -> Answer:
@@ -38,7 +39,7 @@ class Route(NamedTuple):
 
     method: str
     path: str
-    access: Literal["see", "operate", "admin"]
+    access: str
     summary: str
     handler: Callable[[Desk, Call], Answer]
     verb: str | None = None
@@ -47,40 +48,43 @@ class Route(NamedTuple):
     answer: Any = None
 
 
-# fmt: off
+def _verb(
+    name: str,
+    handler: Callable[[Desk, Call], Answer],
+    *,
+    query: type[msgspec.Struct] = Nothing,
+    body: type[msgspec.Struct] | None = None,
+    answer: Any = None,  # noqa: ANN401 - any type
+) -> Route:
+    verb = VERBS[name]
+    return Route(verb.method, verb.path, verb.access, verb.summary, handler, name, query, body, answer)
+
+
 ROUTES = (
-    Route("GET", "/v1/status", "see", "pools and workers, and how they are",
-          seeing.status, "status", StatusQuery, answer=render.StatusDocument),
+    _verb("status", seeing.status, query=StatusQuery, answer=render.StatusDocument),
     Route("GET", "/v1/pools", "see", "all pools", seeing.pools),
     Route("GET", "/v1/pools/{pool}", "see", "one pool and its workers", seeing.pool),
-    Route("GET", "/v1/workers", "see", "workers, chosen by selector, pool or state",
-          seeing.workers, None, WorkersQuery),
-    Route("GET", "/v1/workers/{pool}/{index}", "see", "one worker",
-          seeing.worker, answer=render.WorkerDocument),
-    Route("GET", "/v1/which/{host_pid}", "see", "the worker whose tree holds a host PID", seeing.which, "which"),
-    Route("GET", "/v1/events", "see", "what happens, a JSON object a line: first a snapshot, then each change",
-          following.events, "events", EventsQuery, answer="stream"),
-    Route("GET", "/v1/logs", "see", "what workers write, a record a line",
-          following.logs, "logs", LogsQuery, answer="stream"),
-    Route("GET", "/v1/orphans", "see", "what may be ours and cannot be proven so, and what was set aside",
-          seeing.orphans, "orphans", answer=Orphans),
+    Route(
+        "GET",
+        "/v1/workers",
+        "see",
+        "workers, chosen by selector, pool or state",
+        seeing.workers,
+        query=WorkersQuery,
+    ),
+    Route("GET", "/v1/workers/{pool}/{index}", "see", "one worker", seeing.worker, answer=render.WorkerDocument),
+    _verb("which", seeing.which),
+    _verb("events", following.events, query=EventsQuery, answer="stream"),
+    _verb("logs", following.logs, query=LogsQuery, answer="stream"),
+    _verb("orphans", seeing.orphans, answer=Orphans),
     Route("GET", "/v1/openapi.json", "see", "this document", _openapi),
-    Route("GET", "/healthz", "see", "whether the supervisor answers", seeing.healthz, "ping"),
-    Route("POST", "/v1/start", "operate", "start workers",
-          doing.start, "start", body=Command, answer=Accepted),
-    Route("POST", "/v1/stop", "operate", "stop workers by their stop sequence",
-          doing.stop, "stop", body=Command, answer=Accepted),
-    Route("POST", "/v1/restart", "operate", "stop workers and start them again",
-          doing.restart, "restart", body=Command, answer=Accepted),
-    Route("POST", "/v1/kill", "operate", "send a signal to workers",
-          doing.kill, "kill", body=KillCommand, answer=Accepted),
-    Route("POST", "/v1/scale", "operate", "have another number of workers",
-          doing.scale, "scale", body=ScaleCommand, answer=Accepted),
-    Route("POST", "/v1/wait", "see", "wait until workers are as wanted",
-          doing.wait, "wait", body=Command, answer=Accepted),
-    Route("POST", "/v1/shutdown", "admin", "stop everything, or only what cannot go on, and end the supervisor",
-          doing.shutdown, "shutdown", body=Shutdown, answer=Accepted),
-    Route("POST", "/v1/reexec", "admin", "become the code that is installed now, without ending a worker",
-          doing.reexec, "reexec", body=Nothing, answer=Become),
+    _verb("ping", seeing.healthz),
+    _verb("start", doing.start, body=Command, answer=Accepted),
+    _verb("stop", doing.stop, body=Command, answer=Accepted),
+    _verb("restart", doing.restart, body=Command, answer=Accepted),
+    _verb("kill", doing.kill, body=KillCommand, answer=Accepted),
+    _verb("scale", doing.scale, body=ScaleCommand, answer=Accepted),
+    _verb("wait", doing.wait, body=Command, answer=Accepted),
+    _verb("shutdown", doing.shutdown, body=Shutdown, answer=Accepted),
+    _verb("reexec", doing.reexec, body=Nothing, answer=Become),
 )
-# fmt: on

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 
 # A module imports from the rows above it in this table, never from its own.
 ROWS = [
-    "errors units locate",
+    "errors units locate verbs",
     "spec events record wire keys document envfile handover",
     "machine restart deps rollout schedule adopt lines config diff render selection plan openapi",
     "workers",

@@ -1,0 +1,227 @@
+"""The verbs of `nssup ctl`: the one table of which requests, access, help, completion and manuals are made.
+
+Imports nothing: the quick way of the command line reads it too.
+"""
+
+GOALS = ("ready", "running", "stopped", "done")
+SELECTORS = "web (a pool), web/3 (a worker), globs as 'web/*', host:5151 (by host PID)"
+
+
+class Option:
+    """One option of a verb.
+
+    names: as it is typed. field: of client.Options. sent: its name in the request, "" where it is none of the
+    supervisor's business. kind: what it takes: `on` and `off` nothing, else `text`, `seconds`, `count`, `signal`, or
+    `choice` of choices.
+    """
+
+    __slots__ = ("choices", "field", "help", "kind", "metavar", "names", "sent")
+
+    def __init__(
+        self,
+        names: str,
+        help: str,  # noqa: A002 - argparse's word
+        *,
+        field: str = "",
+        sent: "str | None" = None,
+        kind: str = "on",
+        metavar: str = "",
+        choices: "tuple[str, ...]" = (),
+    ) -> None:
+        self.names = tuple(names.split())
+        self.help = help
+        self.field = field or self.names[-1].lstrip("-").replace("-", "_")
+        self.sent = self.field if sent is None else sent
+        self.kind = kind
+        self.metavar = metavar
+        self.choices = choices
+
+    @property
+    def takes_value(self) -> bool:
+        return self.kind not in ("on", "off")
+
+
+class Verb:
+    """One verb.
+
+    request: method and path. access: see (nothing changes), operate, admin (amounts to root). operands: `SEL*` (none
+    means all), `SEL+` (at least one), `POOL* N`, `HOST_PID`, or "". streams: the answer has no end of its own.
+    wide: its text depends on the terminal. details: what the manual says beyond the summary.
+    """
+
+    __slots__ = ("access", "details", "method", "name", "operands", "options", "path", "streams", "summary", "wide")
+
+    def __init__(
+        self,
+        name: str,
+        request: str,
+        access: str,
+        summary: str,
+        *,
+        operands: str = "",
+        options: "tuple[Option, ...]" = (),
+        streams: bool = False,
+        wide: bool = False,
+        details: str = "",
+    ) -> None:
+        self.name = name
+        self.method, self.path = request.split()
+        self.access = access
+        self.summary = summary
+        self.operands = operands
+        self.options = options
+        self.streams = streams
+        self.wide = wide
+        self.details = details
+
+    @property
+    def waits(self) -> bool:
+        """Whether its answer may take as long as it takes."""
+        return self.name == "wait" or any(option.field == "wait" for option in self.options)
+
+
+# What every verb understands.
+COMMON = (
+    Option("--socket", "default: $NSSUP_SOCKET, or this user's", sent="", kind="text", metavar="PATH"),
+    Option("--json", "what the supervisor answers, as it is", sent=""),
+    Option("-q --quiet", "say nothing but errors", sent=""),
+)
+ALL = Option("--all", "all there are")
+NO_WAIT = Option("--no-wait", "do not wait for the result", field="wait", kind="off")
+TIMEOUT = Option("--timeout", "wait at most so long (exit 124)", kind="seconds", metavar="S")
+CHANGING = (ALL, NO_WAIT, TIMEOUT)
+FOLLOW = "-f --follow"
+
+
+def _changing(name: str, summary: str, *more: Option, details: str = "") -> Verb:
+    """A verb that tells workers to be otherwise, and waits until they are."""
+    return Verb(
+        name, f"POST /v1/{name}", "operate", summary, operands="SEL*", options=(*CHANGING, *more), details=details
+    )
+
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            "status",
+            "GET /v1/status",
+            "see",
+            "pools and workers, and how they are",
+            operands="SEL*",
+            options=(
+                Option("-a --all", "a line for each worker", field="unfold"),
+                Option("--stats", "CPU and memory also of many workers"),
+            ),
+            wide=True,
+            details="A pool of many is one line unless it is selected. Exits with 3 when something selected is not "
+            "running; a oneshot that is done counts as running.",
+        ),
+        Verb(
+            "events",
+            "GET /v1/events",
+            "see",
+            "what happens, a JSON object a line: first a snapshot, then each change",
+            operands="SEL*",
+            options=(
+                Option(FOLLOW, "go on with what happens"),
+                Option("-n", "the last N (1000; with -f 10)", kind="count", metavar="N"),
+            ),
+            streams=True,
+        ),
+        Verb(
+            "logs",
+            "GET /v1/logs",
+            "see",
+            "what workers write, a record a line",
+            operands="SEL*",
+            options=(
+                Option(FOLLOW, "go on with what is written"),
+                Option("-n", "the last N records (100; with -f 10)", kind="count", metavar="N"),
+                Option("--raw", "only what was written, byte for byte", sent=""),
+            ),
+            streams=True,
+        ),
+        Verb(
+            "pid",
+            "GET /v1/status",
+            "see",
+            "host PIDs, or namespace PIDs, of workers",
+            operands="SEL+",
+            options=(Option("--ns", "the PID in the worker's own namespace", sent=""),),
+        ),
+        Verb(
+            "which",
+            "GET /v1/which/{host_pid}",
+            "see",
+            "the worker whose tree holds a host PID",
+            operands="HOST_PID",
+        ),
+        Verb("ping", "GET /healthz", "see", "whether the supervisor answers"),
+        _changing("start", "start workers"),
+        _changing("stop", "stop workers by their stop sequence"),
+        _changing("restart", "stop workers and start them again"),
+        Verb(
+            "kill",
+            "POST /v1/kill",
+            "operate",
+            "send a signal to workers",
+            operands="SEL*",
+            options=(
+                ALL,
+                Option("-s --signal", "name or number (TERM); -9 and -HUP too", kind="signal", metavar="SIG"),
+                Option("--tree", "to every process of the worker"),
+            ),
+        ),
+        Verb(
+            "scale",
+            "POST /v1/scale",
+            "operate",
+            "have another number of workers, for good",
+            operands="POOL* N",
+            options=CHANGING,
+        ),
+        Verb(
+            "wait",
+            "POST /v1/wait",
+            "see",
+            "wait until workers are as wanted",
+            operands="SEL*",
+            options=(
+                TIMEOUT,
+                Option(
+                    "--for", "default: ready", field="goal", sent="wait", kind="choice", metavar="GOAL", choices=GOALS
+                ),
+            ),
+        ),
+        Verb(
+            "shutdown",
+            "POST /v1/shutdown",
+            "admin",
+            "stop everything and end the supervisor",
+            options=(
+                NO_WAIT,
+                TIMEOUT,
+                Option("--leave-running", "stop only workers that end with the supervisor; the others go on"),
+            ),
+        ),
+        Verb(
+            "reexec",
+            "POST /v1/reexec",
+            "admin",
+            "have the supervisor become the code that is installed now; workers go on",
+            options=(
+                Option("--no-wait", "do not wait for the result", field="wait", sent="", kind="off"),
+                Option("--timeout", "wait at most so long (exit 124)", sent="", kind="seconds", metavar="S"),
+            ),
+        ),
+        Verb(
+            "orphans",
+            "GET /v1/orphans",
+            "see",
+            "what an earlier supervisor left that cannot be proven to be its own",
+        ),
+    )
+}
+# Those that ask more than once, or read an answer that has no end: left to cli.
+LONG = frozenset(name for name, verb in VERBS.items() if verb.streams or name == "reexec")
