@@ -42,8 +42,15 @@ KEPT = (
     "outcome",
     "exit",
     "last_exit",
+    "up_since",
+    "ready",
+    "passed",
+    "extended",
+    "fault",
 )
 _KEPT_EXIT = ("reason", "code", "signal", "core", "oom", "timed_out", "cpu_seconds", "max_rss_bytes", "at")
+_FIRST = KEPT.index("last_exit") + 1  # fields of the first version
+_EXIT, _LAST_EXIT = KEPT.index("exit"), KEPT.index("last_exit")
 _kept = attrgetter(*KEPT)
 _kept_exit = attrgetter(*_KEPT_EXIT)
 _encode = msgspec.msgpack.Encoder().encode
@@ -65,11 +72,16 @@ def keep(worker: Worker) -> bytes:
     What would not fit goes without how the life before ended.
     """
     values: list[Any] = list(_kept(worker))
-    for number in (-2, -1):
+    for number in (_EXIT, _LAST_EXIT):
         found: Exit | None = values[number]
         values[number] = None if found is None else _kept_exit(found)
+    while len(values) > _FIRST and not values[-1]:
+        values.pop()  # reads as its default, which these all have in common
     body = _encode(values)
-    return body if len(body) <= BODY_MAX else _encode([*values[:-1], None])
+    if len(body) > BODY_MAX:
+        values[_LAST_EXIT] = None
+        body = _encode(values)
+    return body
 
 
 def place_of(worker_id: str) -> tuple[str, int] | None:
@@ -91,6 +103,8 @@ def restore(worker_id: str, body: bytes) -> Worker | None:
         for name in ("exit", "last_exit"):
             if fields.get(name) is not None:
                 fields[name] = dict(zip(_KEPT_EXIT, fields[name], strict=False))
+        if "up_since" not in fields and fields.get("state") == State.RUNNING:  # noted before there was readiness
+            fields |= {"ready": True, "up_since": fields.get("running_since")}
         worker = msgspec.convert(fields, Worker)
     except (msgspec.MsgspecError, TypeError, ValueError):
         return None
@@ -99,7 +113,7 @@ def restore(worker_id: str, body: bytes) -> Worker | None:
 
 def _coherent(w: Worker) -> bool:
     """Whether the machine can have made it: another would be an impossible event later on."""
-    times = (w.launched_at, w.running_since, w.uptime, w.deadline)
+    times = (w.launched_at, w.running_since, w.up_since, w.uptime, w.deadline, w.extended)
     if not all(at is None or math.isfinite(at) for at in times):
         return False
     if w.generation < 0 or (w.stop_step or 0) < 0 or w.outcome not in (None, *_AT_REST):
@@ -198,6 +212,9 @@ def _found(worker: Worker, slot: Slot) -> Worker:
         host_pid=None,
         ns_pid=None,
         running_since=None,
+        up_since=None,
+        ready=False,
+        passed=False,
         uptime=None,
         exit=None,
         deadline=None,

@@ -28,7 +28,8 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
     """How one life ended, as the kernel told it. Exactly one of code, signal is set, or neither when nobody can know.
 
     code: 0-255. signal: number. reason: of the closed set in docs/contracts.md (`exit:3`, `signal:SIGSEGV`,
-    `exec-failed:ENOENT`, `setup-failed:mount_proc:EPERM`, `init-killed`). cpu_seconds, max_rss_bytes: rusage of the
+    `exec-failed:ENOENT`, `setup-failed:mount_proc:EPERM`, `init-killed`); `start-timeout`, `watchdog`, `probe-failed`:
+    it was stopped for that, and code or signal say how it went. cpu_seconds, max_rss_bytes: rusage of the
     main program, None when unknown. at: wall clock seconds since 1970, set by the loop, for display only.
     """
 
@@ -101,6 +102,41 @@ class Started(LifeInput, frozen=True):
 
 class Running(LifeInput, frozen=True):
     """The exec succeeded."""
+
+
+class Passed(LifeInput, frozen=True):
+    """The startup probe has succeeded: from now on it is asked whether the program is ready."""
+
+
+class Ready(LifeInput, frozen=True):
+    """The program is ready, by whatever was asked of it."""
+
+
+class Unready(LifeInput, frozen=True):
+    """The program is not ready any more. reason: `probe-failed`, or `stopping` by its own word."""
+
+    reason: str
+
+
+class Sick(LifeInput, frozen=True):
+    """The program runs, and is of no use: it is to be stopped. reason: `watchdog` or `probe-failed`."""
+
+    reason: str
+
+
+class Alive(LifeInput, frozen=True):
+    """The program said something that its deadlines depend on. heartbeat: when it last said WATCHDOG=1, None: never;
+    extend: seconds that it wanted from extend_at on, for whatever is being waited for. CLOCK_BOOTTIME seconds."""
+
+    heartbeat: float | None = None
+    extend: float = 0.0
+    extend_at: float = 0.0
+
+
+class CommandFailed(LifeInput, frozen=True):
+    """The command of this step of the stop sequence could not be run, or failed."""
+
+    stop_step: int
 
 
 class SetupFailed(LifeInput, frozen=True):

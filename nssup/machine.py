@@ -1,9 +1,9 @@
 """The life of one worker: what each event does to it in each state, and what is to be done about it.
 
 `step` is a pure function over TABLE, the only place where a life is decided about; docs/states.md is drawn from it.
-Restarts are decided in restart.py. Times are CLOCK_BOOTTIME seconds. The rules are those of interface.md (States) and
-design.md 5: a life is over when its namespace is empty, and only then may the next one launch; `stopped`, `done` and
-`failed` are said when init itself was reaped, which is the kernel's proof.
+Restarts are decided in restart.py, what makes a worker ready in readiness.py. Times are CLOCK_BOOTTIME seconds. The
+rules are those of interface.md (States) and design.md 5: a life is over when its namespace is empty, and only then may
+the next one launch; `stopped`, `done` and `failed` are said when init itself was reaped, which is the kernel's proof.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,8 @@ from msgspec.structs import replace
 from nssup import restart
 from nssup.errors import ImpossibleEvent
 from nssup.events import (
+    Alive,
+    CommandFailed,
     Empty,
     Exit,
     Exited,
@@ -24,20 +26,26 @@ from nssup.events import (
     Launched,
     LaunchFailed,
     LifeInput,
+    Passed,
+    Ready,
     Remove,
     Restart,
     Running,
     SetupFailed,
+    Sick,
     Start,
     Started,
     State,
     Stop,
     Tick,
+    Unready,
 )
 from nssup.spec import SIGKILL, PoolSpec
 
 # Seconds from the end of a program to that of its tree: init kills it at once, but init may be frozen, or lie.
 REST = 10.0
+# Seconds that we may be late for a deadline before we blame ourselves: time in which nobody listened does not count.
+LATE = 0.5
 
 # --- what is to be done --------------------------------------------------------------------------------------------
 
@@ -66,6 +74,15 @@ class SignalTree(Action, frozen=True, gc=False):
     signo: int
 
 
+class RunCommand(Action, frozen=True, gc=False):
+    """Run a command of the spec in the worker's namespaces, as its user. stop_step: of the stop sequence, which
+    CommandFailed names; None: it is no part of one."""
+
+    generation: int
+    command: tuple[str, ...]
+    stop_step: int | None = None
+
+
 class KillTree(Action, frozen=True, gc=False):
     """SIGKILL to init's pidfd, which takes everything in the namespace with it."""
 
@@ -86,8 +103,11 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     want_up, removing, again: what was asked of it: be up; be forgotten once down; launch as soon as this life is over.
     generation: the number of its newest life, 0 before the first. restarts: automatic ones since an operator's start.
     launched_at: when the newest life was asked for. running_since: when its exec succeeded, None when its program does
-    not run. uptime: seconds it ran, known between its exit and its end. deadline: when it wants a Tick; exactly in
-    BACKOFF, and in STOPPING while a stop step, or what the program left behind, is waited for.
+    not run. up_since: when it came into RUNNING. uptime: seconds since then, known between its exit and its end.
+    deadline: when it wants a Tick; exactly in BACKOFF, in STOPPING while a stop step, or what the program left behind,
+    is waited for, in STARTING with an init where readiness is asked, in RUNNING where there is a watchdog.
+    ready: in RUNNING, as long as the program is. passed: its startup probe has succeeded. extended: when it last asked
+    for more time. fault: why we began to stop it, without being asked to.
     host_pid, ns_pid: the program's, None when there is none; last_host_pid, last_ns_pid: also after its end.
     alive: the newest life is not over. killed: its tree was sent SIGKILL by us. stop_step: the step of spec.stop it is
     in, None outside the sequence. lingering: lives that are over, their init not reaped yet. outcome: the state that
@@ -106,8 +126,13 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     history: restart.History = restart.FORGOTTEN
     launched_at: float | None = None
     running_since: float | None = None
+    up_since: float | None = None
     uptime: float | None = None
     deadline: float | None = None
+    ready: bool = False
+    passed: bool = False
+    extended: float = 0.0
+    fault: str | None = None
     init_host_pid: int | None = None
     host_pid: int | None = None
     ns_pid: int | None = None
@@ -158,6 +183,9 @@ def _launch(w: Worker, here: Here, reason: str | None) -> Step:
         alive=True,
         killed=False,
         outcome=None,
+        passed=False,
+        extended=0.0,
+        fault=None,
     )
     return w, (Launch(generation),)
 
@@ -184,8 +212,14 @@ def _relaunch(w: Worker, here: Here) -> Step:
 
 
 def _launched(w: Worker, event: Launched, here: Here) -> Step:
-    """There is an init that can be killed."""
-    return replace(w, init_host_pid=event.init_host_pid), NOTHING
+    """There is an init that can be killed. Where readiness is asked, the time for it runs from here."""
+    deadline = here.now + here.spec.start_timeout if asks_readiness(here.spec) else None
+    return replace(w, init_host_pid=event.init_host_pid, deadline=deadline), NOTHING
+
+
+def asks_readiness(spec: PoolSpec) -> bool:
+    """Whether a worker is `starting` until it is ready, and not only until its program runs."""
+    return spec.startup is not None or spec.ready is not None
 
 
 def _launched_to_die(w: Worker, event: Launched, here: Here) -> Step:
@@ -200,8 +234,80 @@ def _started(w: Worker, event: Started, here: Here) -> Step:
 
 
 def _running(w: Worker, event: Running, here: Here) -> Step:
-    """The program runs."""
-    return replace(w, state=State.RUNNING, reason=None, running_since=here.now), NOTHING
+    """The program runs. Where readiness is asked, that is not enough."""
+    if w.running_since is None:
+        w = replace(w, running_since=here.now)
+    return (w, NOTHING) if asks_readiness(here.spec) else _up(w, here)
+
+
+def _up(w: Worker, here: Here) -> Step:
+    """What it was started for is there."""
+    watchdog = here.spec.watchdog
+    deadline = None if watchdog is None else here.now + watchdog
+    return replace(w, state=State.RUNNING, reason=None, up_since=here.now, ready=True, deadline=deadline), NOTHING
+
+
+def _passed(w: Worker, event: Passed, here: Here) -> Step:
+    """Started, as far as its startup probe tells: from now on its readiness is what counts."""
+    return replace(w, passed=True), NOTHING
+
+
+def _ready(w: Worker, event: Ready, here: Here) -> Step:
+    """It is ready, which counts once its program is known to run."""
+    return (w, NOTHING) if w.running_since is None else _up(w, here)
+
+
+def _ready_again(w: Worker, event: Ready, here: Here) -> Step:
+    """It is ready again."""
+    return (w, NOTHING) if w.ready else (replace(w, ready=True), NOTHING)
+
+
+def _unready(w: Worker, event: Unready, here: Here) -> Step:
+    """It goes on, but is not ready: others may wait for it, it is not touched."""
+    return (replace(w, ready=False), NOTHING) if w.ready else (w, NOTHING)
+
+
+def _sick(w: Worker, event: Sick, here: Here) -> Step:
+    """Down, by the stop sequence, because it is of no use; the policy decides what follows."""
+    return _begin_stop(replace(w, fault=event.reason), here, event.reason)
+
+
+def _unready_in_time(w: Worker, event: Tick, here: Here) -> Step:
+    """Not ready in the time that it had: down, by the stop sequence; the policy decides what follows."""
+    return _at_deadline(w, here, "start-timeout", here.spec.start_timeout)
+
+
+def _heartbeat_missed(w: Worker, event: Tick, here: Here) -> Step:
+    """The watchdog heard nothing for too long: down, by the stop sequence; the policy decides what follows."""
+    if here.spec.watchdog is None:  # any more
+        return replace(w, deadline=None), NOTHING
+    return _at_deadline(w, here, "watchdog", here.spec.watchdog)
+
+
+def _at_deadline(w: Worker, here: Here, fault: str, period: float) -> Step:
+    """It missed its deadline, unless it was us who were not there to hear of it: then it gets that time once more."""
+    if w.deadline is None or here.now < w.deadline:
+        return w, NOTHING
+    late = here.now - w.deadline
+    if late > LATE:
+        return replace(w, deadline=here.now + min(late, period)), NOTHING
+    return _begin_stop(replace(w, fault=fault), here, fault)
+
+
+def _alive(w: Worker, event: Alive, here: Here) -> Step:
+    """A deadline moves: by a heartbeat that of the watchdog, by a wish for more time any other."""
+    watchdog, deadline = here.spec.watchdog, w.deadline
+    if deadline is None:
+        return w, NOTHING
+    extended = w.extended
+    if event.extend_at > extended:
+        extended = event.extend_at
+        deadline = max(deadline, extended + event.extend)
+    if w.state is State.RUNNING and watchdog is not None and event.heartbeat is not None:
+        deadline = max(deadline, event.heartbeat + watchdog)
+    if (deadline, extended) == (w.deadline, w.extended):
+        return w, NOTHING
+    return replace(w, deadline=deadline, extended=extended), NOTHING
 
 
 def _setup_failed(w: Worker, event: SetupFailed, here: Here) -> Step:
@@ -223,9 +329,9 @@ def _launch_withdrawn(w: Worker, event: LaunchFailed, here: Here) -> Step:
 # --- stopping ------------------------------------------------------------------------------------------------------
 
 
-def _begin_stop(w: Worker, here: Here) -> Step:
+def _begin_stop(w: Worker, here: Here, reason: str = "operator") -> Step:
     """Into the stop sequence, or straight to the kill when the program does not run yet."""
-    w = replace(w, state=State.STOPPING, reason="operator")
+    w = replace(w, state=State.STOPPING, reason=reason, ready=False, deadline=None)
     if w.running_since is not None:
         return _stop_step(w, 0, here)
     # Without an init yet, the kill comes with Launched.
@@ -238,9 +344,22 @@ def _stop_step(w: Worker, number: int, here: Here) -> Step:
         return w, NOTHING
     w = replace(w, stop_step=number)
     step = here.spec.stop[number] if number < len(here.spec.stop) else None
-    if step is None or step.signal is None:
+    if step is None or step.kills:
         return _kill(w)
-    return replace(w, deadline=here.now + step.wait), (SignalMain(w.generation, step.signal),)
+    deed: Action
+    if step.command is not None:
+        deed = RunCommand(w.generation, step.command, number)
+    else:
+        assert step.signal is not None
+        deed = SignalMain(w.generation, step.signal)
+    return replace(w, deadline=here.now + step.wait), (deed,)
+
+
+def _command_failed(w: Worker, event: CommandFailed, here: Here) -> Step:
+    """A stop step that did nothing is not waited for: the next one."""
+    if w.exit is not None or w.stop_step != event.stop_step:
+        return w, NOTHING
+    return _stop_step(w, event.stop_step + 1, here)
 
 
 def _kill(w: Worker) -> Step:
@@ -302,10 +421,10 @@ def _exited(w: Worker, event: Exited, here: Here) -> Step:
     does not come to an end with that is ended itself."""
     if w.exit is None:
         ended = here.now if event.at is None else min(event.at, here.now)
-        ran = None if w.running_since is None else max(ended - w.running_since, 0.0)
+        ran = None if w.up_since is None else max(ended - w.up_since, 0.0)
         w = replace(w, exit=_marked(w, event.exit), uptime=ran)
     rest = None if event.empty or w.killed else here.now + REST
-    w = replace(w, running_since=None, host_pid=None, ns_pid=None, deadline=rest)
+    w = replace(w, running_since=None, up_since=None, ready=False, host_pid=None, ns_pid=None, deadline=rest)
     if event.empty:
         return _linger(w, here)
     if w.state is State.STOPPING:
@@ -348,15 +467,16 @@ def _unseen(w: Worker, seen: Exit | None, here: Here) -> Exit:
 
 
 def _marked(w: Worker, seen: Exit) -> Exit:
-    """seen, with timed_out set when the life had to be killed because it outlasted its stop sequence."""
-    return replace(seen, timed_out=True) if w.killed and w.stop_step else seen
+    """seen, with timed_out set when the life had to be killed because it outlasted its stop sequence, and with the
+    reason for which we stopped it, if we did."""
+    return replace(seen, timed_out=bool(w.killed and w.stop_step), reason=w.fault or seen.reason)
 
 
 def _over(w: Worker, ended: Exit, here: Here) -> Step:
     """The newest life is over: what follows it. Never two lives: the only way to a launch from a life is this one."""
     uptime = w.uptime
-    if uptime is None and w.running_since is not None:
-        uptime = here.now - w.running_since
+    if uptime is None and w.up_since is not None:
+        uptime = here.now - w.up_since
     w = replace(
         w,
         alive=False,
@@ -364,6 +484,8 @@ def _over(w: Worker, ended: Exit, here: Here) -> Step:
         exit=None,
         uptime=None,
         running_since=None,
+        up_since=None,
+        ready=False,
         deadline=None,
         stop_step=None,
         init_host_pid=None,
@@ -450,7 +572,12 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.STARTING, Launched): _to(_launched, _S.STARTING),
     (_S.STARTING, LaunchFailed): _to(_launch_failed, _S.BACKOFF, _S.FAILED, _S.STOPPING),
     (_S.STARTING, Started): _to(_started, _S.STARTING),
-    (_S.STARTING, Running): _to(_running, _S.RUNNING),
+    (_S.STARTING, Running): _to(_running, _S.STARTING, _S.RUNNING),
+    (_S.STARTING, Passed): _to(_passed, _S.STARTING),
+    (_S.STARTING, Ready): _to(_ready, _S.STARTING, _S.RUNNING),
+    (_S.STARTING, Sick): _to(_sick, _S.STOPPING),
+    (_S.STARTING, Alive): _to(_alive, _S.STARTING),
+    (_S.STARTING, Tick): _to(_unready_in_time, _S.STARTING, _S.STOPPING),
     (_S.STARTING, SetupFailed): _to(_setup_failed, _S.STARTING),
     (_S.STARTING, Exited): _to(_exited, _S.STOPPING, _S.BACKOFF),
     (_S.STARTING, Empty): _to(_empty, _S.BACKOFF, _S.STOPPING),
@@ -460,6 +587,11 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.RUNNING, Restart): _to(_restart, _S.STOPPING),
     (_S.RUNNING, Remove): _to(_remove, _S.STOPPING),
     (_S.RUNNING, Kill): _to(_signal, _S.RUNNING),
+    (_S.RUNNING, Ready): _to(_ready_again, _S.RUNNING),
+    (_S.RUNNING, Unready): _to(_unready, _S.RUNNING),
+    (_S.RUNNING, Sick): _to(_sick, _S.STOPPING),
+    (_S.RUNNING, Alive): _to(_alive, _S.RUNNING),
+    (_S.RUNNING, Tick): _to(_heartbeat_missed, _S.RUNNING, _S.STOPPING),
     (_S.RUNNING, Exited): _to(_exited, _S.STOPPING, _S.STARTING, _S.BACKOFF),
     (_S.RUNNING, Empty): _to(_empty, _S.STOPPING, _S.STARTING, _S.BACKOFF),
     (_S.RUNNING, Gone): _to(_gone, _S.RUNNING, _S.STARTING, _S.BACKOFF, _S.FAILED, _S.DONE, _S.STOPPING),
@@ -472,9 +604,11 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.STOPPING, LaunchFailed): _to(_launch_withdrawn, _S.STOPPED, _S.STARTING, _S.STOPPING),
     (_S.STOPPING, Started): _to(_started, _S.STOPPING),
     (_S.STOPPING, SetupFailed): _to(_setup_failed, _S.STOPPING),
-    (_S.STOPPING, Exited): _to(_exited, _S.STOPPING, _S.STARTING),
+    (_S.STOPPING, Exited): _to(_exited, _S.STOPPING, _S.STARTING, _S.BACKOFF),
     (_S.STOPPING, Empty): _to(_empty, _S.STOPPING, _S.STARTING, _S.BACKOFF),
     (_S.STOPPING, Gone): _to(_gone, _S.STOPPING, _S.STOPPED, _S.STARTING, _S.BACKOFF, _S.FAILED, _S.DONE),
+    (_S.STOPPING, Alive): _to(_alive, _S.STOPPING),
+    (_S.STOPPING, CommandFailed): _to(_command_failed, _S.STOPPING),
     (_S.STOPPING, Tick): _to(_next_stop_step, _S.STOPPING),
     (_S.BACKOFF, Start): _to(_start, _S.STARTING),
     (_S.BACKOFF, Stop): _to(_down, _S.STOPPED, _S.STOPPING),
@@ -500,6 +634,7 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
 RESERVED = frozenset({State.WAITING})
 
 _PROGRESS: tuple[type[Input], ...] = (Launched, LaunchFailed, Started, Running, SetupFailed, Exited, Empty)
+_HEALTH: tuple[type[Input], ...] = (Passed, Ready, Unready, Sick, Alive, CommandFailed)
 
 
 def _ignored(state: State, *kinds: type[Input]) -> frozenset[tuple[State, type[Input]]]:
@@ -509,14 +644,14 @@ def _ignored(state: State, *kinds: type[Input]) -> frozenset[tuple[State, type[I
 # Legal and without effect: repeated wishes, signals to nobody, late timers, and news of a life that is over (what
 # happened after the kill is told by Gone alone) or of a step that this life has behind it.
 IGNORED: frozenset[tuple[State, type[Input]]] = (
-    _ignored(State.STOPPED, Stop, Kill, Tick, Gone, *_PROGRESS)
-    | _ignored(State.STARTING, Tick)
-    | _ignored(State.RUNNING, Tick, Launched, LaunchFailed, Started, Running, SetupFailed)
-    | _ignored(State.STOPPING, Running)
-    | _ignored(State.BACKOFF, Kill, *_PROGRESS)
-    | _ignored(State.FAILED, Kill, Tick, Gone, *_PROGRESS)
-    | _ignored(State.DONE, Kill, Tick, Gone, *_PROGRESS)
-    | _ignored(State.LOST, Start, Restart, Kill, Tick, *_PROGRESS)
+    _ignored(State.STOPPED, Stop, Kill, Tick, Gone, *_PROGRESS, *_HEALTH)
+    | _ignored(State.STARTING, Unready, CommandFailed)
+    | _ignored(State.RUNNING, Launched, LaunchFailed, Started, Running, SetupFailed, Passed, CommandFailed)
+    | _ignored(State.STOPPING, Running, Passed, Ready, Unready, Sick)
+    | _ignored(State.BACKOFF, Kill, *_PROGRESS, *_HEALTH)
+    | _ignored(State.FAILED, Kill, Tick, Gone, *_PROGRESS, *_HEALTH)
+    | _ignored(State.DONE, Kill, Tick, Gone, *_PROGRESS, *_HEALTH)
+    | _ignored(State.LOST, Start, Restart, Kill, Tick, *_PROGRESS, *_HEALTH)
 )
 
 

@@ -108,7 +108,7 @@ def reached(goal: Goal) -> Judge:
             return False
         if w.state is State.DONE:
             return True
-        return True if w.state is State.RUNNING and goal != "done" else None
+        return True if w.state is State.RUNNING and goal != "done" and (w.ready or goal == "running") else None
 
     return judge
 

@@ -16,6 +16,9 @@ MIN_WAIT = 0.001
 # The reasons of lives in which the program never ran.
 NEVER_RAN = ("setup-failed:", "exec-failed:")
 
+# The reasons for which we stop a worker ourselves: a failure, however well it went then.
+FAULTS = frozenset({"start-timeout", "watchdog", "probe-failed"})
+
 
 class History(NamedTuple):
     """What the lives since the last long or newly asked for one leave behind.
@@ -73,10 +76,12 @@ def decide(
 ) -> Again | Finished | GaveUp:
     """What follows a life that nobody asked to end.
 
-    uptime: seconds it was RUNNING; None when it never was. generation: the life's that ended.
+    uptime: seconds it was RUNNING, which is ready where that is asked; None when it never was. generation: the life's
+    that ended.
     A oneshot that ended well is finished whatever its policy. Never raises.
     """
-    if exit.code is not None and exit.code in policy.success and (type == "oneshot" or policy.policy != "always"):
+    well = exit.code in policy.success and exit.reason not in FAULTS
+    if well and (type == "oneshot" or policy.policy != "always"):
         return Finished()
     if policy.policy == "never":
         return GaveUp()

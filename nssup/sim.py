@@ -26,11 +26,12 @@ from nssup.events import (
     Launched,
     LaunchFailed,
     LifeInput,
+    Ready,
     Running,
     SetupFailed,
     Started,
 )
-from nssup.machine import Forget, KillTree, Launch, SignalMain, SignalTree
+from nssup.machine import Forget, KillTree, Launch, RunCommand, SignalMain, SignalTree, asks_readiness
 from nssup.spec import SIGKILL, PoolSpec
 from nssup.workers import Actions, WorkerSet
 
@@ -38,15 +39,17 @@ from nssup.workers import Actions, WorkerSet
 class Fate(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes of one life. Times in seconds.
 
-    launch_fails, setup_fails: the reason, or None. launch: until its program runs, or its set-up fails. life: until the
-    program ends by itself, with `exit`; math.inf: never. rest: from the program's end to the empty namespace, 0 when it
-    was alone in it. reap: from there, or from the kill, until init is reaped. obeys: seconds until it ends on a signal;
-    math.inf: it is deaf to all but SIGKILL. init_dies: what ends after `life` is not the program but init.
+    launch_fails, setup_fails: the reason, or None. launch: until its program runs, or its set-up fails. ready: from
+    then until it is ready, where that is asked; math.inf: never. life: until the program ends by itself, with `exit`;
+    math.inf: never. rest: from the program's end to the empty namespace, 0 when it was alone in it. reap: from there,
+    or from the kill, until init is reaped. obeys: seconds until it ends on a signal, or on a command of its stop
+    sequence; math.inf: it is deaf to all but SIGKILL. init_dies: what ends after `life` is not the program but init.
     """
 
     launch_fails: str | None = None
     setup_fails: str | None = None
     launch: float = 0.001
+    ready: float = 0.0
     life: float = math.inf
     exit: Exit = Exit(reason="exit:0", code=0)
     rest: float = 0.0
@@ -178,7 +181,7 @@ class Simulation:
                 return  # reaped already
             life.over = True
             self._lives[life.worker_id].remove(life)
-        elif life.over or (life.ended and isinstance(news, Exited)):
+        elif life.over or (life.ended and isinstance(news, Exited | Ready)):
             return  # killed, or ended by something else, meanwhile
         elif isinstance(news, LaunchFailed):
             life.over = True
@@ -204,7 +207,7 @@ class Simulation:
             elif isinstance(action, Forget):
                 if self._lives.pop(worker_id, []):
                     raise ImpossibleEvent(f"{worker_id} is forgotten, though something of it is left")
-            elif isinstance(action, SignalMain | SignalTree | KillTree):
+            elif isinstance(action, SignalMain | SignalTree | KillTree | RunCommand):
                 self._signal(worker_id, action)
         self.bounds.most_deadlines = max(self.bounds.most_deadlines, self.workers.pending())
         self.bounds.most_news = max(self.bounds.most_news, len(self._news))
@@ -228,6 +231,8 @@ class Simulation:
             self._later(fate.launch, life, Empty(generation))
             return
         self._later(fate.launch, life, Running(generation))
+        if asks_readiness(self.workers.pools[worker_id.partition("/")[0]]):
+            self._later(fate.launch + fate.ready, life, Ready(generation))
         if not fate.init_dies:
             self._later(fate.launch + fate.life, life, self._exited(life, fate.exit))
         elif fate.life < math.inf:
@@ -236,7 +241,7 @@ class Simulation:
     def _exited(self, life: _Life, how: Exit) -> Exited:
         return Exited(life.generation, how, empty=life.fate.rest == 0)
 
-    def _signal(self, worker_id: str, action: SignalMain | SignalTree | KillTree) -> None:
+    def _signal(self, worker_id: str, action: SignalMain | SignalTree | KillTree | RunCommand) -> None:
         found = [life for life in self._lives[worker_id] if life.generation == action.generation and not life.over]
         if not found:
             raise ImpossibleEvent(f"{worker_id}: {action} to a life that is over")
@@ -244,6 +249,8 @@ class Simulation:
         if isinstance(action, KillTree):
             life.over = True
             self._later(life.fate.reap, life, Gone(life.generation))
+        elif isinstance(action, RunCommand):
+            self._later(life.fate.obeys, life, self._exited(life, Exit(reason="exit:0", code=0)))
         else:
             how = Exit(reason=f"signal:{signal.Signals(action.signo).name}", signal=action.signo)
             self._later(0.0 if action.signo == SIGKILL else life.fate.obeys, life, self._exited(life, how))

@@ -112,11 +112,6 @@ def spec_hash(spec: PoolSpec) -> str:
     return hashlib.sha256(msgspec.json.encode(replace(spec, workers=0), order="sorted")).hexdigest()[:16]
 
 
-def is_ready(worker: Worker) -> bool:
-    """Where no readiness is asked, running is ready."""
-    return worker.state is State.RUNNING
-
-
 def members(workers: WorkerSet) -> dict[str, list[str]]:
     """pool -> ids of its workers, by index; those being removed as well."""
     found: dict[str, list[Worker]] = {name: [] for name in workers.pools}
@@ -170,7 +165,7 @@ class Snapshot:
             "name": name,
             "wanted": self._source.workers.pools[name].workers,
             "running": sum(w.state is State.RUNNING for w in workers),
-            "ready": sum(map(is_ready, workers)),
+            "ready": sum(w.ready for w in workers),
             "state": render.pool_state(w.state.value for w in workers),
             "rollout": None,
         }
@@ -190,7 +185,7 @@ class Snapshot:
             "index": w.index,
             "state": w.state.value,
             "reason": w.reason,
-            "ready": is_ready(w),
+            "ready": w.ready,
             "desired": "up" if w.want_up else "down",
             "enabled": spec.enabled,
             "paused": False,

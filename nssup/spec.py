@@ -63,10 +63,54 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StopStep(msgspec.Struct, frozen=True):
-    """Send signal to the main program and give it wait seconds; signal None kills the whole tree, as the last step."""
+    """Send signal to the main program, or run command beside it, and give it wait seconds. Neither: kill the whole
+    tree, as the last step. A command that fails is not waited for."""
 
     signal: int | None
     wait: float = 0.0
+    command: tuple[str, ...] | None = None
+
+    @property
+    def kills(self) -> bool:
+        return self.signal is None and self.command is None
+
+
+class Reload(msgspec.Struct, frozen=True, kw_only=True):
+    """How a program is told to read its configuration again: one of signal, to the main program, and command."""
+
+    signal: int | None = None
+    command: tuple[str, ...] | None = None
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """One question to a program, in exactly one of these ways; texts may hold fields (`expand`).
+
+    notify: it says so itself, by sd_notify(3) or by a newline on descriptor fd. http: a GET of this URL answers 2xx or
+    3xx; tcp: `host:port`, unix: a path, accept a connection; exec: a command inside ends with 0; log: a line of its
+    output matches this regular expression. every: seconds from one try to the next, and timeout for each; so many
+    failures, or successes, in a row change the answer. While the answer is awaited at the start, tries come sooner and
+    failures count only where fatal: for `startup`, None means that start_timeout alone ends the wait.
+    """
+
+    notify: Literal["sd", "fd"] | None = None
+    fd: int = 3
+    http: str | None = None
+    tcp: str | None = None
+    unix: str | None = None
+    exec: tuple[str, ...] | None = None
+    log: str | None = None
+    every: float = 2.0
+    timeout: float = 2.0
+    failures: int | None = None
+    successes: int = 1
+
+    @property
+    def way(self) -> str:
+        """The key that says how it is asked; "" for none."""
+        return next((key for key in WAYS if getattr(self, key) is not None), "")
+
+
+WAYS = ("notify", "http", "tcp", "unix", "exec", "log")
 
 
 DEFAULT_STOP = (StopStep(SIGTERM, 10.0), StopStep(None))
@@ -105,6 +149,12 @@ class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
     proc: bool = True
     hostname: str | None = None
     stop: tuple[StopStep, ...] = DEFAULT_STOP
+    reload: Reload | None = None
+    start_timeout: float = 90.0
+    startup: Probe | None = None
+    ready: Probe | None = None
+    live: Probe | None = None
+    watchdog: float | None = None
     restart: RestartPolicy = RestartPolicy()
     rlimits: dict[str, tuple[int | None, int | None]] = {}
     log: LogSpec = LogSpec()
@@ -225,10 +275,10 @@ def _stop_problems(spec: PoolSpec) -> list[tuple[str, str]]:
     if not spec.stop:
         return [("stop", 'is empty: the shortest sequence is ["kill"]')]
     found = []
-    if spec.stop[-1].signal is not None:
+    if not spec.stop[-1].kills:
         found.append(("stop", 'must end with "kill", or a worker could survive its stop'))
     for index, step in enumerate(spec.stop):
-        if step.signal is None and index < len(spec.stop) - 1:
+        if step.kills and index < len(spec.stop) - 1:
             found.append((f"stop.{index}", '"kill" ends the sequence: nothing can come after it'))
         if step.signal is not None and not 1 <= step.signal <= 64:
             found.append((f"stop.{index}", f"{step.signal} is no signal: they go from 1 to 64"))

@@ -9,11 +9,13 @@ Published, one Event per change of state, plus facts (`from` and `to` are None):
 |---|---|
 | `launched` | to starting, because somebody asked for it |
 | `relaunched` | to starting, by the restart policy |
-| `started` | to running: the program runs |
-| `stop_begun` | to stopping, because somebody asked for it |
+| `started` | to running: the program runs, and is ready where that is asked |
+| `stop_begun` | to stopping, because somebody asked for it, or it was not ready in time, or is of no use any more |
 | `main_exited` | to stopping: the program ended by itself, what else is in its namespace is being killed |
 | `backed_off` | to backoff: it ended and will be launched again later |
 | `stopped` `finished` `failed` | to stopped, done, failed: nothing of it is left |
+| `became_ready` `became_unready` | facts: a running worker is ready again, or not any more |
+| `command_run` | fact: the next stop step, a command, has begun |
 | `signalled` | fact: a signal was sent without a change of state: an operator's, or the next stop step |
 | `removed` | fact: the worker was scaled away and is forgotten |
 | `pool_added` `scaled` `pool_removed` | facts about a pool |
@@ -38,8 +40,8 @@ from msgspec.structs import replace
 
 from nssup import machine
 from nssup.errors import ControlError, ExitCode
-from nssup.events import Event, Exit, Input, Kill, Remove, Restart, Start, State, Tick
-from nssup.machine import Action, Forget, KillTree, SignalMain, SignalTree, Worker
+from nssup.events import Event, Exit, Input, Kill, Remove, Restart, Start, State, Tick, Unready
+from nssup.machine import Action, Forget, KillTree, RunCommand, SignalMain, SignalTree, Worker
 from nssup.spec import SIGKILL, PoolSpec
 
 Actions: TypeAlias = list[tuple[str, Action]]
@@ -56,6 +58,9 @@ EVENT_OF = {
 EVENTS = frozenset(EVENT_OF.values()) | {
     "relaunched",
     "main_exited",
+    "became_ready",
+    "became_unready",
+    "command_run",
     "signalled",
     "removed",
     "pool_added",
@@ -347,13 +352,18 @@ class WorkerSet:
     def _tell(
         self, worker_id: str, old: Worker, new: Worker, event: Input, actions: Iterable[Action], now: float
     ) -> None:
-        """One event for a change of state, or for a signal without one."""
-        signal = _signal_of(actions)
+        """One event for a change of state, or for a fact without one."""
+        signal = _deed_of(actions)
         relaunch = new.generation > old.generation
         if new.state is old.state and not relaunch:
             if signal:
                 reason = "operator" if isinstance(event, Kill) else new.reason
-                self._say(now, "signalled", worker=worker_id, about=new, reason=reason, detail=signal)
+                name = "command_run" if "command" in signal else "signalled"
+                self._say(now, name, worker=worker_id, about=new, reason=reason, detail=signal)
+            elif new.ready is not old.ready:
+                name = "became_ready" if new.ready else "became_unready"
+                reason = event.reason if isinstance(event, Unready) else None
+                self._say(now, name, worker=worker_id, about=new, reason=reason)
             return
         detail = signal
         ended = _ended(old, new)
@@ -418,7 +428,7 @@ def _life(w: Worker) -> dict[str, Any]:
 def _event_name(old: Worker, new: Worker) -> str:
     if new.state is State.STARTING and new.restarts > old.restarts:
         return "relaunched"
-    if new.state is State.STOPPING and new.want_up and not new.again:
+    if new.state is State.STOPPING and new.want_up and not new.again and (new.exit or not new.alive):
         return "main_exited"
     return EVENT_OF[new.state]
 
@@ -433,10 +443,12 @@ def _ended(old: Worker, new: Worker) -> Exit | None:
     return new.last_exit if over else None
 
 
-def _signal_of(actions: Iterable[Action]) -> dict[str, Any] | None:
+def _deed_of(actions: Iterable[Action]) -> dict[str, Any] | None:
     for action in actions:
         if isinstance(action, SignalMain | SignalTree):
             return {"signal": action.signo, "tree": isinstance(action, SignalTree)}
         if isinstance(action, KillTree):
             return {"signal": SIGKILL, "tree": True}
+        if isinstance(action, RunCommand):
+            return {"command": list(action.command)}
     return None

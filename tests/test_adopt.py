@@ -377,12 +377,27 @@ def test_golden_body() -> None:
 
 def test_bodies_of_other_versions() -> None:
     values = msgspec.msgpack.decode(bytes.fromhex(GOLDEN))
-    more = msgspec.msgpack.encode([*values[:-1], [*values[-1], "tomorrow"], {"a": "field"}, 17])
+    since = [getattr(GOLDEN_KEPT, name) for name in KEPT[len(values) :]]
+    more = msgspec.msgpack.encode([*values[:-1], [*values[-1], "tomorrow"], *since, {"a": "field"}, 17])
     assert restore("web/3", more) == GOLDEN_KEPT
     fewer = msgspec.msgpack.encode(values[:-2])
     assert restore("web/3", fewer) == replace(GOLDEN_KEPT, last_exit=None)
     short_exit = msgspec.msgpack.encode([*values[:-1], values[-1][:3]])
     assert restore("web/3", short_exit) == replace(GOLDEN_KEPT, last_exit=Exit(reason="signal:SIGSEGV", signal=11))
+
+
+def test_who_ran_before_there_was_readiness_is_ready() -> None:
+    old = msgspec.msgpack.encode(msgspec.msgpack.decode(keep(replace(RUNNING, ready=False, up_since=None)))[:23])
+    worker = restore("web/3", old)
+    assert worker is not None
+    assert (worker.ready, worker.up_since) == (True, worker.running_since)
+
+
+def test_what_is_known_of_its_readiness_is_kept() -> None:
+    w = replace(RUNNING, up_since=1001.5, ready=False, passed=True, extended=1000.5, fault=None)
+    assert restore("web/3", keep(w)) == w
+    w = replace(STOPPING, fault="start-timeout")
+    assert restore("web/3", keep(w)) == w
 
 
 def test_every_field_of_a_worker_is_kept_or_known_otherwise() -> None:

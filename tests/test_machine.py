@@ -11,6 +11,8 @@ import pytest
 from nssup import machine
 from nssup.errors import ImpossibleEvent
 from nssup.events import (
+    Alive,
+    CommandFailed,
     Empty,
     Exit,
     Exited,
@@ -20,15 +22,19 @@ from nssup.events import (
     Launched,
     LaunchFailed,
     LifeInput,
+    Passed,
+    Ready,
     Remove,
     Restart,
     Running,
     SetupFailed,
+    Sick,
     Start,
     Started,
     State,
     Stop,
     Tick,
+    Unready,
 )
 from nssup.machine import (
     IGNORED,
@@ -51,7 +57,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WISHES: list[type[Input]] = [Start, Stop, Restart, Remove, Kill]
-NEWS: list[type[LifeInput]] = [Launched, LaunchFailed, Started, Running, SetupFailed, Exited, Empty, Gone]
+HEALTH: list[type[LifeInput]] = [Passed, Ready, Unready, Sick, Alive, CommandFailed]
+NEWS: list[type[LifeInput]] = [Launched, LaunchFailed, Started, Running, SetupFailed, Exited, Empty, Gone, *HEALTH]
 INPUTS = [*WISHES, *NEWS, Tick]
 LIVE = [state for state in State if state not in RESERVED]
 
@@ -142,6 +149,12 @@ def example(kind: type[Input], generation: int = 1) -> Input:
         Exited: Exited(generation, CODE_3),
         Empty: Empty(generation),
         Gone: Gone(generation),
+        Passed: Passed(generation),
+        Ready: Ready(generation),
+        Unready: Unready(generation, "probe-failed"),
+        Sick: Sick(generation, "probe-failed"),
+        Alive: Alive(generation),
+        CommandFailed: CommandFailed(generation, 0),
     }
     return examples[kind]
 

@@ -18,9 +18,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from msgspec.structs import replace
 
 from nssup import machine
 from nssup.events import (
+    Alive,
+    CommandFailed,
     Empty,
     Event,
     Exit,
@@ -31,17 +34,21 @@ from nssup.events import (
     Launched,
     LaunchFailed,
     LifeInput,
+    Passed,
+    Ready,
     Restart,
     Running,
     SetupFailed,
+    Sick,
     Start,
     Started,
     State,
     Stop,
     Tick,
+    Unready,
 )
-from nssup.machine import TABLE, Forget, KillTree, Launch, SignalMain, SignalTree, Worker
-from nssup.spec import Backoff, PoolSpec, RestartPolicy, StopStep
+from nssup.machine import TABLE, Forget, KillTree, Launch, RunCommand, SignalMain, SignalTree, Worker, asks_readiness
+from nssup.spec import Backoff, PoolSpec, Probe, RestartPolicy, StopStep
 from nssup.workers import EVENTS, Actions, WorkerSet
 
 if TYPE_CHECKING:
@@ -66,6 +73,18 @@ SPECS = {
         restart=RestartPolicy(policy="never"),
         stop=(StopStep(None),),
     ),
+    "probed": PoolSpec(
+        name="probed",
+        command=("app",),
+        workers=2,
+        restart=RestartPolicy(backoff=QUICK),
+        stop=(StopStep(None, 1.0, ("quit",)), StopStep(15, 1.0), StopStep(None)),
+        startup=Probe(log="begun"),
+        ready=Probe(notify="sd"),
+        start_timeout=3.0,
+        watchdog=5.0,
+    ),
+    "asked": PoolSpec(name="asked", command=("app",), restart=RestartPolicy(policy="never"), ready=Probe(notify="fd")),
     "bare": PoolSpec(name="bare", command=("app",), init=False, restart=RestartPolicy(policy="on-failure")),
 }
 EXITS = [
@@ -73,6 +92,7 @@ EXITS = [
     Exit(reason="exit:3", code=3, at=1.0),
     Exit(reason="signal:SIGSEGV", signal=11, at=1.0),
 ]
+HEALTH = [Passed(0), Ready(0), Unready(0, "probe-failed"), Sick(0, "probe-failed"), Alive(0), CommandFailed(0, 0)]
 T = TypeVar("T")
 
 NAMES = st.sampled_from(sorted(SPECS))
@@ -136,7 +156,7 @@ class Core(RuleBasedStateMachine):
                 assert not self.lives.pop(worker_id), "forgotten while something of it is left"
                 assert not self.wanted.pop(worker_id, False) or self.resizing
             else:
-                assert isinstance(action, SignalMain | SignalTree | KillTree)
+                assert isinstance(action, SignalMain | SignalTree | KillTree | RunCommand)
                 self.signal(lives, action)
 
     def launch(self, worker_id: str, lives: list[Life], generation: int) -> None:
@@ -147,14 +167,14 @@ class Core(RuleBasedStateMachine):
         self.newest[worker_id] = generation
         lives.append(Life(generation))
 
-    def signal(self, lives: list[Life], action: SignalMain | SignalTree | KillTree) -> None:
+    def signal(self, lives: list[Life], action: SignalMain | SignalTree | KillTree | RunCommand) -> None:
         assert lives, "a signal to nobody"
         life = lives[-1]
         assert life.generation == action.generation
         assert not life.over, "a signal to a life that is over"
         assert life.stage > 0, "a signal to what is not launched"
         life.killed |= isinstance(action, KillTree)
-        if isinstance(action, SignalMain):
+        if isinstance(action, SignalMain | RunCommand):
             assert life.stage > 1, "a signal to a program that is not there"
             assert not life.ended, "a signal to a program that has ended"
 
@@ -282,6 +302,15 @@ class Core(RuleBasedStateMachine):
             life.stage = 3
             self.feed(worker_id, Running(life.generation))
 
+    @rule(number=NUMBERS, what=st.sampled_from(HEALTH))
+    def says(self, number: int, what: LifeInput) -> None:
+        """What a program that runs says of itself, and what is found out about it."""
+        found = self.life(number, stages=range(2 if isinstance(what, Ready | Alive) else 3, 4))
+        if found and not found[1].ended and not found[1].failed:
+            if isinstance(what, Alive):
+                what = Alive(0, self.now - 0.001, number % 3, self.now - number % 2)
+            self.feed(found[0], replace(what, generation=found[1].generation))
+
     @rule(number=NUMBERS, end=st.sampled_from(EXITS), empty=st.booleans())
     def exited(self, number: int, end: Exit, empty: bool) -> None:
         found = self.life(number, stages=range(2, 4))
@@ -350,6 +379,10 @@ class Core(RuleBasedStateMachine):
             if worker.state is State.BACKOFF:
                 assert not worker.alive
                 assert worker.want_up
+            assert not worker.ready or worker.state is State.RUNNING
+            assert (worker.up_since is not None) <= (worker.running_since is not None)
+            if worker.state is State.RUNNING:
+                assert worker.up_since is not None
 
     @invariant()
     def a_deadline_is_where_one_is_needed(self) -> None:
@@ -357,8 +390,14 @@ class Core(RuleBasedStateMachine):
         for worker in self.set.workers.values():
             waits = worker.stop_step is not None or worker.exit is not None
             in_step = worker.alive and not worker.killed and waits
-            needed = worker.state is State.BACKOFF or (worker.state is State.STOPPING and in_step)
-            assert (worker.deadline is not None) == needed
+            spec = SPECS[worker.pool]
+            needed = {
+                State.BACKOFF: True,
+                State.STOPPING: in_step,
+                State.STARTING: worker.init_host_pid is not None and asks_readiness(spec) and not worker.killed,
+                State.RUNNING: spec.watchdog is not None and not worker.killed,
+            }
+            assert (worker.deadline is not None) == needed.get(worker.state, False)
             deadlines += [] if worker.deadline is None else [worker.deadline]
         assert self.set.next_deadline() == min(deadlines, default=None)
 
@@ -460,6 +499,7 @@ def stroll(chance: random.Random, name: str) -> None:
         *2 * [lambda: core.launched(number(), number() % 5)],
         *2 * [lambda: core.set_up(number(), number() % 5)],
         *2 * [lambda: core.come_up(number())],
+        *2 * [lambda: core.says(number(), one_of(*HEALTH))],
         *2 * [lambda: core.exited(number(), one_of(*EXITS), one_of(False, True))],
         *2 * [lambda: core.empty(number())],
         *2 * [lambda: core.gone(number(), one_of(None, *EXITS))],
