@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nssup.errors import ControlError, ImpossibleEvent, LaunchError, NssupError, SpecError
     from nssup.events import Event, Exit
     from nssup.loop import Supervisor
+    from nssup.process import Process, Result, RunFailed, RunTimeout, launch, run
     from nssup.spec import PoolSpec
 
 _HOMES = {
@@ -20,8 +21,14 @@ _HOMES = {
     "LaunchError": "errors",
     "NssupError": "errors",
     "PoolSpec": "spec",
+    "Process": "process",
+    "Result": "process",
+    "RunFailed": "process",
+    "RunTimeout": "process",
     "SpecError": "errors",
     "Supervisor": "loop",
+    "launch": "process",
+    "run": "process",
 }
 
 __all__ = [
@@ -32,9 +39,15 @@ __all__ = [
     "LaunchError",
     "NssupError",
     "PoolSpec",
+    "Process",
+    "Result",
+    "RunFailed",
+    "RunTimeout",
     "SpecError",
     "Supervisor",
     "__version__",
+    "launch",
+    "run",
 ]
 
 

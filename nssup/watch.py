@@ -13,7 +13,7 @@ _BATCH = 256
 
 
 class Watch:
-    """Calls back when a descriptor is readable, until it is removed.
+    """Calls back when a descriptor is readable (or has what else it was added for), until it is removed.
 
     Level-triggered, and a call can be spurious: a descriptor that a callback closed may be some other file by the time
     its turn comes in the same batch. So callbacks never block and take "nothing there" for an answer.
@@ -25,8 +25,8 @@ class Watch:
         self._callbacks: dict[int, Callable[[], None]] = {}
         loop.add_reader(self._epoll.fileno(), self.poll)
 
-    def add(self, fd: int, callback: Callable[[], None]) -> None:
-        self._epoll.register(fd, select.EPOLLIN)
+    def add(self, fd: int, callback: Callable[[], None], events: int = select.EPOLLIN) -> None:
+        self._epoll.register(fd, events)
         self._callbacks[fd] = callback
 
     def remove(self, fd: int) -> None:
@@ -49,5 +49,9 @@ class Watch:
 
     def close(self) -> None:
         self._loop.remove_reader(self._epoll.fileno())
+        self.abandon()
+
+    def abandon(self) -> None:
+        """As close, where the loop is closed already, or another process's: that of a forked child's parent."""
         self._callbacks.clear()
         self._epoll.close()

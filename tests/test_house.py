@@ -24,9 +24,9 @@ ROWS = [
     "workers",
     "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
     "snapshot logfile follower journal desired systemd reexec",
-    "loop sim",
-    "executor run foreground http operation",
-    "api",
+    "loop sim pipes hub",
+    "process foreground http operation",
+    "api executor tasks",
     "desk",
     "seeing doing following",
     "routes",
@@ -52,6 +52,7 @@ WITHIN_ROW = {
     ("follower", "logfile"),
     ("journal", "logs"),
     ("journal", "snapshot"),
+    ("hub", "pipes"),
 }
 
 # `signal` is not here: the pure rows need the names of signals.
