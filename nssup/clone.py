@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nssup import _clone, _pidfd, record, wire
@@ -128,13 +129,20 @@ class Launcher:
         self._closes.close()
 
     def launch(
-        self, plan: record.Plan, *, stdio: tuple[int, int, int] | None = None, merge: bool = False, staging: int = -1
+        self,
+        plan: record.Plan,
+        *,
+        stdio: tuple[int, int, int] | None = None,
+        merge: bool = False,
+        staging: int = -1,
+        sockets: Sequence[int] = (),
     ) -> "Process":
         """Clone init for this plan; nothing of the program runs before Process.go.
 
         stdio: descriptors for the program's 0, 1, 2 (the caller keeps them). None: stdin is /dev/null, stdout and
         stderr are pipes whose read ends the Process has (one pipe for both with merge). staging: a descriptor that init
-        keeps for the next supervisor; -1: none.
+        keeps for the next supervisor; -1: none. sockets: descriptors for the program from 3 on, which init keeps too;
+        plan.sockets of them.
         Raises LaunchError; then nothing is left behind.
         """
         step = wire.Step.LINE
@@ -169,6 +177,9 @@ class Launcher:
         token = os.urandom(wire.TOKEN_SIZE)
         process = Process(pidfd, init_host_pid, line, (out_log, err_log), plan, self.epoch, token)
         try:
+            step = wire.Step.SOCKETS
+            for fd in sockets:
+                line.sendmsg([wire.socket()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", [fd]))])
             step = wire.Step.RECORD  # made and sent while init is still being exec'ed: it costs the launch no time
             _send_record(line, record.encode(plan, token, self._mount_id))
             step = wire.Step.ID_MAPS
@@ -464,6 +475,22 @@ class Process:
             if error.errno in (errno.EBADF, errno.ESRCH):
                 return None
             raise
+
+    def sockets(self) -> list[int]:
+        """Copies of the listening sockets that init keeps, in the program's order, the caller's. Raises OSError."""
+        found: list[int] = []
+        if not self.has_init:
+            return found
+        try:
+            while len(found) < wire.SOCKETS_MAX:
+                found.append(_pidfd.getfd(self.pidfd, wire.Fd.SOCKETS + len(found)))
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.ESRCH):
+                return found
+            for fd in found:
+                os.close(fd)
+            raise
+        return found
 
     def hello(self, own_pidfd: int) -> None:
         """Tell init that we are its supervisor now; it answers with its State, and only what follows is listened to.

@@ -27,6 +27,7 @@ FIELD_IDENTITY = 8
 FIELD_UMASK = 9
 FIELD_RLIMITS = 10
 FIELD_MOUNT_ID = 11
+FIELD_SOCKETS = 15
 FIELD_NOTIFY = 16
 
 OPTION_INIT = 1
@@ -44,6 +45,7 @@ _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _RLIMIT = struct.Struct("<IIQQ")
 _NOTIFY = struct.Struct("<II")
+_SOCKETS = struct.Struct("<II")
 _PADDING = (b"", b"\0" * 7, b"\0" * 6, b"\0" * 5, b"\0" * 4, b"\0" * 3, b"\0" * 2, b"\0")
 
 
@@ -86,7 +88,8 @@ class Plan(NamedTuple):
     """One life's launch, everything resolved. argv, env ("NAME=VALUE"), candidates (paths to try in order), directory
     and hostname are file-system encoded. rlimits: (resource number, soft, hard), UNLIMITED for no limit. identity None:
     the supervisor's own. die: the life ends with its supervisor. namespaces: names of spec.NAMESPACES. notify: read by
-    init; without one the record is refused (`record`, EINVAL)."""
+    init; without one the record is refused (`record`, EINVAL). sockets: how many descriptors the program is given, from
+    3 on; a ready_fd comes behind them."""
 
     generation: int
     argv: tuple[bytes, ...]
@@ -103,6 +106,7 @@ class Plan(NamedTuple):
     umask: int | None = None
     rlimits: tuple[tuple[int, int, int], ...] = ()
     notify: Notify | None = None
+    sockets: int = 0
 
 
 def _field(kind: int, data: bytes, flags: int = MUST) -> bytes:
@@ -113,6 +117,11 @@ def _list(items: tuple[bytes, ...]) -> bytes:
     count = len(items)
     offsets = itertools.accumulate([len(item) + 1 for item in items[:-1]], initial=8 + 8 * (count + 1))
     return struct.pack(f"<II{count}QQ", count, 0, *(offsets if count else ()), 0) + b"\0".join(items) + b"\0"
+
+
+def main_ns_pid(init: bool) -> int:
+    """The namespace PID of a life's program: the first that is made under init, else PID 1 itself."""
+    return 2 if init else 1
 
 
 def options_of(plan: Plan) -> int:
@@ -138,6 +147,8 @@ def encode(plan: Plan, token: bytes, mount_id: int) -> bytes:
     what = _what(options_of(plan), mount_id, plan.argv)
     how = _how(plan.candidates, plan.directory, plan.hostname, plan.identity, plan.umask, plan.rlimits, plan.notify)
     body = _field(FIELD_TOKEN, token) + what + _field(FIELD_ENV, _list(plan.env)) + how
+    if plan.sockets:
+        body += _field(FIELD_SOCKETS, _SOCKETS.pack(plan.sockets, main_ns_pid(plan.init)))
     return _HEAD.pack(RECORD_MAGIC, RECORD_VERSION, 0, _HEAD.size + len(body), plan.generation) + body
 
 

@@ -16,6 +16,7 @@ VERSION = 1
 TOKEN_SIZE = 16
 RECORD_INLINE_MAX = 32768
 RECORD_MAX = 16777216
+SOCKETS_MAX = 32
 STATUS_SIZE = 120
 
 _HEADER = struct.Struct("<HBBI")
@@ -35,6 +36,8 @@ class Fd(enum.IntEnum):
     STAGING = 11
     INIT_EXE = 12
     COUNT = 13
+    SOCKETS = 16  # not at birth: where it keeps the listening sockets that came over the line
+    OWN = 48  # from here on what init opens for itself
 
 
 class Type(enum.IntEnum):
@@ -52,6 +55,7 @@ class Type(enum.IntEnum):
     ACK = 12
     NOTIFY = 13
     PING = 14
+    SOCKET = 15
 
 
 class Policy(enum.IntEnum):
@@ -82,6 +86,7 @@ class Step(enum.IntEnum):
     EXEC_INIT = 4
     ID_MAPS = 5
     IDENTITY = 6
+    SOCKETS = 7
     RECORD = 16
     GO = 17
     PID_ONE = 18
@@ -141,6 +146,11 @@ def record_inline(record: bytes) -> bytes:
 def record_in_memfd(size: int) -> bytes:
     """Announces a record of size bytes in the sealed memfd that travels with it."""
     return message(Type.RECORD, _SIZE.pack(size))
+
+
+def socket() -> bytes:
+    """Announces a listening socket, which travels with it; before the record, in the program's order."""
+    return message(Type.SOCKET, b"")
 
 
 def go(epoch: int, policy: Policy, token: bytes) -> bytes:

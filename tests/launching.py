@@ -24,7 +24,7 @@ from nssup.facts import Host
 from nssup.record import Identity, Plan, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from nssup.events import Exit
 
@@ -149,12 +149,16 @@ class Driver:
 
 @contextlib.contextmanager
 def launched(
-    plan: Plan, launcher: Launcher | None = None, stdio: tuple[int, int, int] | None = None, go: bool = True
+    plan: Plan,
+    launcher: Launcher | None = None,
+    stdio: tuple[int, int, int] | None = None,
+    go: bool = True,
+    sockets: Sequence[int] = (),
 ) -> Iterator[Driver]:
     """A life that is told to go, unless it is not; destroyed on the way out."""
     own = Launcher() if launcher is None else launcher
     try:
-        process = own.launch(plan, stdio=stdio)
+        process = own.launch(plan, stdio=stdio, sockets=sockets)
     finally:
         if launcher is None:
             own.close()

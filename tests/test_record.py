@@ -85,6 +85,13 @@ def test_ways_to_notify(notify: Notify, data: str) -> None:
     assert found[record.FIELD_NOTIFY].hex() == golden(data).hex()
 
 
+@pytest.mark.parametrize(("init", "data"), [(True, "02000000 02000000"), (False, "02000000 01000000")])
+def test_listening_sockets(init: bool, data: str) -> None:
+    plan = LEAST_PLAN._replace(sockets=2, init=init)
+    found = {kind: (flags, data) for kind, flags, data in fields(encode(plan, TOKEN, MOUNT_ID))}
+    assert found[record.FIELD_SOCKETS] == (record.MUST, golden(data))
+
+
 def test_where_the_socket_is() -> None:
     assert Notify(b"/run/x", 5).socket == b"/run/x/notify"
     assert Notify(ready_fd=5).socket is None

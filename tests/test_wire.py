@@ -54,6 +54,7 @@ SPOKEN = {
     "signal all": (wire.signal(7, 9, wire.SIGNAL_ALL), "4e53010710000000 07000000 09000000 ffffffff 00000000"),
     "policy": (wire.policy_change(7, Policy.DIE), "4e53010908000000 07000000 01000000"),
     "ack": (wire.ack(7, 3), "4e53010c08000000 07000000 03000000"),
+    "socket": (wire.socket(), "4e53010f00000000"),
     "ping": (wire.ping(7), "4e53010e08000000 07000000 00000000"),
 }
 
@@ -298,6 +299,7 @@ LAYOUTS = {
     "record_field": record._FIELD,
     "record_rlimit": record._RLIMIT,
     "record_notify": record._NOTIFY,
+    "record_sockets": record._SOCKETS,
 }
 
 

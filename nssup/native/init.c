@@ -59,6 +59,7 @@ struct launch {
 	uint64_t mount_id;
 	struct record_notify notify;
 	const char *notify_directory;
+	struct record_sockets sockets;
 };
 
 static struct {
@@ -71,6 +72,8 @@ static struct {
 	int asked;	     /* STATE is owed: there was no room for it on the line */
 	uint32_t told;	     /* the last phase that the line took: what is later waits for room */
 	int step, error;     /* of the worker's vfork child */
+	int line;	     /* the line, when FD_LINE is the program's; 0: it is not */
+	uint32_t sockets;    /* how many there are from FD_SOCKETS on */
 	/* Only where the record asked for it; 0: not there. */
 	int notify;	 /* socket of sd_notify */
 	int ready;	 /* read end of the ready pipe */
@@ -336,6 +339,14 @@ static long read_notify(struct launch *l, const uint8_t *data, size_t length)
 	return read_string(data + sizeof l->notify, length - sizeof l->notify, &l->notify_directory);
 }
 
+static long read_sockets(struct launch *l, const uint8_t *data, size_t length)
+{
+	if (length < sizeof l->sockets)
+		return -EBADMSG;
+	memcpy(&l->sockets, data, sizeof l->sockets);
+	return 0;
+}
+
 static long read_bytes(void *to, size_t wanted, const uint8_t *data, size_t length)
 {
 	if (length != wanted)
@@ -374,6 +385,8 @@ static long read_field(struct launch *l, const struct record_field *f, uint8_t *
 		return read_bytes(&l->mount_id, 8, data, n);
 	case FIELD_NOTIFY:
 		return read_notify(l, data, n);
+	case FIELD_SOCKETS:
+		return read_sockets(l, data, n);
 	default:
 		return f->flags & FIELD_MUST ? -EOPNOTSUPP : 0;
 	}
@@ -403,6 +416,10 @@ static long read_record(uint8_t *data, size_t length)
 		return -EBADMSG;
 	if (l->notify.wishes && !(l->options & OPTION_INIT))
 		return -EINVAL; /* nobody would stay to read it */
+	if (l->sockets.count != self.sockets)
+		return -EBADF;
+	if (l->notify.wishes & WISH_READY_FD && l->notify.ready_fd < 3 + self.sockets)
+		return -EINVAL; /* one number for two things */
 	return 0;
 }
 
@@ -832,6 +849,14 @@ static void take_record(uint8_t *data, size_t length, int *fd)
 		fail(STEP_RECORD, r);
 }
 
+static void take_socket(int *fd)
+{
+	if (*fd < 0 || self.launch.has_token || self.state.phase != PHASE_WAITING || self.sockets == SOCKETS_MAX)
+		self.state.unknown++;
+	else
+		place(fd, FD_SOCKETS + (int)self.sockets++);
+}
+
 static void acknowledged(const struct wire_ack *m)
 {
 	if (m->generation != self.state.generation)
@@ -855,8 +880,11 @@ static void act(int type, uint8_t *payload, size_t length, int *fd)
 		uint8_t bytes[32];
 	} m = {.bytes = {0}};
 
-	if (type == WIRE_RECORD) {
-		take_record(payload, length, fd);
+	if (type == WIRE_RECORD || type == WIRE_SOCKET) {
+		if (type == WIRE_RECORD)
+			take_record(payload, length, fd);
+		else
+			take_socket(fd);
 		return;
 	}
 	memcpy(&m, payload, length < sizeof m ? length : sizeof m);
@@ -1020,7 +1048,7 @@ static long out_of_the_way(long fd)
 {
 	if (fd < 0)
 		return fd;
-	long r = sys3(__NR_fcntl, fd, F_DUPFD_CLOEXEC, FD_COUNT);
+	long r = sys3(__NR_fcntl, fd, F_DUPFD_CLOEXEC, FD_OWN);
 	close_fd(fd);
 	return r;
 }
@@ -1259,30 +1287,61 @@ static void die_with_supervisor(void)
 		quit(1); /* it died before */
 }
 
-/* All but the ready pipe, which gets the number that the program knows it by. */
-static long close_all_but_ready(unsigned number)
+/* The listening sockets, from 3 on. Each has a higher number before, which is free or no longer needed when it comes to
+ * be another's; and these are the program's own, while init keeps its copies. Returns the first number behind them. */
+static long place_sockets(const struct launch *l)
+{
+	if (self.sockets && sys0(__NR_getpid) != (long)l->sockets.ns_pid)
+		return -ESRCH; /* LISTEN_PID would be a lie, and the program deaf */
+	for (unsigned i = 0; i < self.sockets; i++) {
+		long r = sys3(__NR_dup3, FD_SOCKETS + i, 3 + i, 0);
+		if (r < 0)
+			return r;
+	}
+	return 3 + (long)self.sockets;
+}
+
+/* All from `first` on but the ready pipe, which gets the number that the program knows it by. */
+static long close_all_but_ready(unsigned first, unsigned number)
 {
 	long r = self.ready_write == (int)number ? sys3(__NR_fcntl, number, F_SETFD, 0)
 						 : sys3(__NR_dup3, self.ready_write, number, 0);
-	if (r >= 0 && number > 3)
-		r = sys3(__NR_close_range, 3, number - 1, 0);
+	if (r >= 0 && number > first)
+		r = sys3(__NR_close_range, first, number - 1, 0);
 	return r < 0 ? r : sys3(__NR_close_range, number + 1, ~0U, 0);
+}
+
+/* The program will be PID 1 itself, and nobody stays to speak for it: it announces itself, and the line lasts until the
+ * exec, to tell of its failure and, by its end, of its success. Only FD_LINE's number may be the program's. */
+static long keep_line(void)
+{
+	if (self.state.policy == POLICY_DIE)
+		die_with_supervisor();
+	send_started((int)sys0(__NR_getpid));
+	if (!self.sockets)
+		return sys3(__NR_fcntl, FD_LINE, F_SETFD, FD_CLOEXEC);
+	long r = sys3(__NR_fcntl, FD_LINE, F_DUPFD_CLOEXEC, FD_OWN);
+	self.line = r < 0 ? 0 : (int)r;
+	return r;
 }
 
 /* Closed for real, not only at exec: an exec path could name a descriptor. */
 static long close_descriptors(const struct launch *l)
 {
+	int keeps_line = !(l->options & OPTION_INIT);
+	long r = keeps_line ? keep_line() : 0;
+	if (r >= 0)
+		r = place_sockets(l);
+	if (r < 0)
+		return r;
 	if (l->notify.wishes & WISH_READY_FD)
-		return close_all_but_ready(l->notify.ready_fd);
-	if (l->options & OPTION_INIT)
-		return sys3(__NR_close_range, 3, ~0U, 0);
-	if (self.state.policy == POLICY_DIE)
-		die_with_supervisor();
-	/* The program will be PID 1 itself, and nobody stays to speak for it: it announces itself, and the line lasts until
-	 * the exec, to tell of its failure and, by its end, of its success. */
-	send_started((int)sys0(__NR_getpid));
-	sys3(__NR_fcntl, FD_LINE, F_SETFD, FD_CLOEXEC);
-	return sys3(__NR_close_range, FD_LINE + 1, ~0U, 0);
+		return close_all_but_ready((unsigned)r, l->notify.ready_fd);
+	if (!keeps_line)
+		return sys3(__NR_close_range, r, ~0U, 0);
+	if (!self.line)
+		return sys3(__NR_close_range, FD_LINE + 1, ~0U, 0);
+	r = sys3(__NR_close_range, r, self.line - 1, 0);
+	return r < 0 ? r : sys3(__NR_close_range, self.line + 1, ~0U, 0);
 }
 
 /* The candidates in order, as execvp(3) has it: a later path is tried when one is not there or may not be run. */
@@ -1367,6 +1426,8 @@ static void start_child(void)
 static void become_program(void)
 {
 	worker(NULL);
+	if (self.line)
+		sys3(__NR_dup3, self.line, FD_LINE, O_CLOEXEC);
 	fail(self.step, self.error);
 }
 

@@ -23,6 +23,11 @@ enum {
 	FD_COUNT = 13,
 };
 
+/* Where init keeps the listening sockets that came over the line, in their order, for the program and for the next
+ * supervisor. What init opens for itself has numbers above them. */
+enum { FD_SOCKETS = 16, SOCKETS_MAX = 32, FD_OWN = 48 };
+_Static_assert(FD_OWN == FD_SOCKETS + SOCKETS_MAX, "room for the sockets");
+
 /* --- messages ------------------------------------------------------------------------------------------------
  * One datagram of the SOCK_SEQPACKET line holds one or more messages, each a header and `length` bytes of payload,
  * padded with zeroes to a multiple of 8. A receiver speaks WIRE_VERSION and the one before it: fields are only ever
@@ -54,6 +59,7 @@ enum wire_type {
 	WIRE_ACK = 12,     /* supervisor: I have your exit record; go (not awaited under `die`) */
 	WIRE_NOTIFY = 13,  /* init: what the program said of itself has changed */
 	WIRE_PING = 14,    /* supervisor: answered by STATE */
+	WIRE_SOCKET = 15,  /* supervisor: one of the program's listening sockets by SCM_RIGHTS; before RECORD, in order */
 };
 
 enum wire_policy { POLICY_KEEP = 0, POLICY_DIE = 1 };
@@ -211,6 +217,7 @@ enum wire_step {
 	STEP_EXEC_INIT = 4,
 	STEP_ID_MAPS = 5,
 	STEP_IDENTITY = 6, /* looking up user and groups */
+	STEP_SOCKETS = 7,  /* listening sockets: binding, passing on */
 	/* init's */
 	STEP_RECORD = 16,
 	STEP_GO = 17,
@@ -275,8 +282,9 @@ enum record_kind {
 	FIELD_UMASK = 9,    /* uint32 */
 	FIELD_RLIMITS = 10, /* record_rlimit[] */
 	FIELD_MOUNT_ID = 11, /* uint64: the supervisor's own root mount, which init's must differ from */
+	FIELD_SOCKETS = 15, /* record_sockets */
 	FIELD_NOTIFY = 16,  /* record_notify, then a string: the directory for the socket, empty without one */
-	/* reserved for later: 12 mounts, 13 capabilities, 14 seccomp, 15 sockets, 17 credentials, 18 network */
+	/* reserved for later: 12 mounts, 13 capabilities, 14 seccomp, 17 credentials, 18 network */
 };
 
 enum record_option {
@@ -305,6 +313,12 @@ struct record_notify {
 	uint32_t ready_fd; /* what the program has the pipe as: 3 or more */
 };
 _Static_assert(sizeof(struct record_notify) == 8, "record_notify");
+
+struct record_sockets {
+	uint32_t count;  /* how many came by WIRE_SOCKET: the program has them from 3 on */
+	uint32_t ns_pid; /* what the program's LISTEN_PID says */
+};
+_Static_assert(sizeof(struct record_sockets) == 8, "record_sockets");
 
 enum { GO_DEADLINE_MS = 30000 }; /* a supervisor that did not say GO by then never will */
 
