@@ -1447,28 +1447,42 @@ static void own_signals(void)
 		self.signals = (int)out_of_the_way(fd);
 }
 
-static void wait_go(void)
+/* What is inside needs nothing from outside but the id maps, which come before GO: while the supervisor still notes that
+ * we are there, it can be done. How it went is said after GO: until then nobody but init has been here. */
+struct prepared { int done, failed; long result; };
+
+static void prepare(struct prepared *p)
+{
+	if (!p->done)
+		p->result = RUN_STEPS(setup_steps, &p->failed);
+	p->done = 1;
+}
+
+static void wait_go(struct prepared *p)
 {
 	self.supervisor_watched = self.far_open = 1;
 	while (!self.released && take_line() > 0)
 		; /* what comes behind GO is for the program, when it is there */
-	while (!self.released || self.state.phase == PHASE_FAILED)
+	while (!self.released || self.state.phase == PHASE_FAILED) {
+		if (self.launch.has_token && self.state.phase == PHASE_WAITING && !(self.launch.options & OPTION_USER_NS))
+			prepare(p);
 		wait_event(NSSUP_GO_DEADLINE_MS);
+	}
 }
 
 __attribute__((noreturn, used)) static void life(void)
 {
-	int failed = STEP_NONE;
+	struct prepared p = {0, STEP_NONE, 0};
 
 	sys5(__NR_prctl, PR_SET_NAME, "nssup-init", 0, 0, 0);
 	own_signals();
 	sys1(__NR_chdir, "/"); /* the supervisor's directory must not stay busy for our sake */
-	wait_go();
+	wait_go(&p);
 	self.state.phase = PHASE_SETUP;
-	long r = RUN_STEPS(setup_steps, &failed);
-	if (r < 0) {
+	prepare(&p);
+	if (p.result < 0) {
 		close_worker_stdio();
-		fail(failed, r);
+		fail(p.failed, p.result);
 	} else if (self.launch.options & OPTION_INIT) {
 		start_child();
 	} else {
