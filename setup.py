@@ -47,7 +47,7 @@ def extension(name: str) -> Extension:
 
 
 setup(
-    ext_modules=[extension(name) for name in ("clone", "pidfd")],
+    ext_modules=[extension(name) for name in ("clone", "frame", "pidfd")],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

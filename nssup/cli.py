@@ -155,7 +155,13 @@ def _seconds(text: str) -> float:
 def _version() -> int:
     from nssup import __version__
 
-    client.write(1, f"nssup {__version__}\n".encode())
+    try:
+        from nssup import _frame  # noqa: F401 - not nssup.framing, which takes longer to import
+    except ImportError:
+        slow = " (without nssup._frame: logs are framed in Python, some 50 times slower)"
+    else:
+        slow = ""
+    client.write(1, f"nssup {__version__}{slow}\n".encode())
     return OK
 
 

@@ -23,7 +23,7 @@ ROWS = [
     "machine restart deps rollout schedule adopt lines config diff render selection plan openapi",
     "workers",
     "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
-    "snapshot logfile follower journal desired systemd reexec",
+    "snapshot logfile follower framing journal desired systemd reexec",
     "loop sim pipes hub",
     "process foreground http operation",
     "api executor tasks",
@@ -49,6 +49,8 @@ WITHIN_ROW = {
     ("logs", "logfile"),
     ("logs", "follower"),
     ("logs", "staging"),
+    ("logs", "framing"),
+    ("staging", "framing"),
     ("follower", "logfile"),
     ("journal", "logs"),
     ("journal", "snapshot"),
@@ -164,7 +166,7 @@ def wrong_layer(module: Module, found: Import) -> str | None:
     target = found.target.split(".")[1] if "." in found.target else ""
     if target == "__version__" or target == module.top or (module.top, target) in WITHIN_ROW:
         return None
-    if target in ("_clone", "_pidfd", "_staging"):
+    if target in ("_clone", "_frame", "_pidfd"):
         return None if row > LAST_PURE_ROW else "the pure rows do not import native code"
     if target not in ROW:
         return "import from the module that defines it; if it is one, give it a row in ROWS"
