@@ -1,5 +1,6 @@
 """What a handler of the API has and gives: the supervisor it looks at and steers, requests, replies, refusals."""
 
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -176,13 +177,26 @@ class Become(msgspec.Struct, frozen=True):
     version: str
 
 
+class Form(NamedTuple):
+    """How the client wants it. text: to read, not to parse. sse: a stream as server-sent events; last_id: the last of
+    them that it has seen."""
+
+    text: bool = False
+    sse: bool = False
+    last_id: str | None = None
+
+
 class Call(NamedTuple):
-    """One request to one route, checked. text: the client wants to read it, not to parse it."""
+    """One request to one route, checked."""
 
     arguments: Sequence[str]
     query: Any
     command: Any
-    text: bool
+    form: Form
+
+    @property
+    def text(self) -> bool:
+        return self.form.text
 
 
 # --- replies -------------------------------------------------------------------------------------------------------
@@ -201,8 +215,32 @@ def text_reply(out: str, err: str = "", *, status: int = 200, code: int = 0) -> 
     return Reply(status, headers, out.encode("utf-8", "surrogateescape") + tail)
 
 
-def stream_reply(body: AsyncGenerator[bytes, None]) -> Reply:
-    return Reply(200, [("Content-Type", "application/x-ndjson"), ("Nssup-Exit", "0")], body)
+def stream_reply(body: AsyncGenerator[bytes, None], form: Form) -> Reply:
+    """body: lines, whole ones, each a JSON object."""
+    kind = "text/event-stream" if form.sse else "application/x-ndjson"
+    return Reply(200, [("Content-Type", kind), ("Nssup-Exit", "0")], _events(body) if form.sse else body)
+
+
+class _Told(msgspec.Struct):
+    event: str = "record"
+    epoch: int | None = None
+    seq: int | None = None
+
+
+_decode_told = msgspec.json.Decoder(_Told).decode
+
+
+async def _events(body: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """Lines as server-sent events (WHATWG HTML, 9.2): the id is what `since` takes."""
+    async with contextlib.aclosing(body):
+        async for batch in body:
+            yield b"".join(map(_sse, batch.splitlines())) or b":\n\n"
+
+
+def _sse(line: bytes) -> bytes:
+    told = _decode_told(line)
+    number = f"id: {told.epoch}:{told.seq}\n" if told.seq is not None else ""
+    return f"{number}event: {told.event}\ndata: ".encode() + line + b"\n\n"
 
 
 def failure_reply(e: ControlError, text: bool) -> Reply:

@@ -15,7 +15,7 @@ from nssup.document import Document, Table
 from nssup.errors import ExitCode, Problem, SpecError
 from nssup.locate import Path, dotted, quoted
 from nssup.record import DEFAULT_PATH, Identity, candidates
-from nssup.spec import PoolSpec, SupervisorSpec, User, expand, problems
+from nssup.spec import ControlSpec, PoolSpec, SupervisorSpec, User, expand, problems
 
 Read = Callable[[str, str], list[tuple[str, bytes]]]
 
@@ -178,6 +178,7 @@ def _supervisor(reading: "_Reading", main: Document, facts: Facts) -> Supervisor
     given, found = keys.convert(keys.SUPERVISOR, _section(reading, main, "supervisor"))
     for path, why in found:
         reading.blame(main, ("supervisor", *path), why)
+    control = _control(reading, main, given.pop("control", {}), facts)
     base = posixpath.join(facts.directory, posixpath.dirname(main.name))
     given = {key: posixpath.normpath(posixpath.join(base, path)) for key, path in given.items()}
     places = default_directories(facts, given.get("state_dir")) | given
@@ -191,7 +192,27 @@ def _supervisor(reading: "_Reading", main: Document, facts: Facts) -> Supervisor
         culprit = next((key for key in ("socket", "runtime_dir", "state_dir") if key in given), "socket")
         why = f"the socket's path would have {length} bytes, {SOCKET_PATH_BYTES} are possible: give a shorter one"
         reading.blame(main, ("supervisor", culprit), why)
-    return SupervisorSpec(**places)
+    return SupervisorSpec(**places, control=control)
+
+
+def _control(reading: "_Reading", main: Document, given: Table, facts: Facts) -> ControlSpec:
+    """Who else may steer. Groups that are not there go to reading."""
+    group, roles = given.get("group"), given.get("roles")
+    named: list[tuple[Path, str]] = [(("group",), group)] if group is not None else []
+    named += [(("roles", role, n), name) for role, names in (roles or {}).items() for n, name in enumerate(names)]
+    for path, name in named:
+        if gid(name, facts) is None:
+            why = f"there is no group {quoted(name)} on this host: make it, or name another"
+            reading.blame(main, ("supervisor", "control", *path), why)
+    if roles is None:
+        roles = {"operator": (group,)} if group is not None else {}
+    return ControlSpec(group=group, **roles)
+
+
+def gid(name: str, facts: Facts) -> int | None:
+    """The group of that name or number."""
+    found = facts.group(name)
+    return _id(name) if found is None else found
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -521,13 +542,11 @@ def _user(spec: PoolSpec, facts: Facts) -> User | str | None:
 
 
 def _gid(key: str, name: str, facts: Facts, found: list[tuple[str, str]]) -> int:
-    gid = facts.group(name)
-    if gid is None:
-        gid = _id(name)
-    if gid is None:
+    number = gid(name, facts)
+    if number is None:
         found.append((key, f"there is no group {quoted(name)} on this host: make it, or name another"))
         return 0
-    return gid
+    return number
 
 
 def _id(text: str) -> int | None:

@@ -30,16 +30,17 @@ def events(desk: Desk, call: Call) -> Answer:
     query: EventsQuery = call.query
     chosen = desk.select(query.select)
     follower = Followed(_about(chosen, not query.select))
-    if query.since is not None:
-        past = _since(desk, query.since)
+    since = query.since or call.form.last_id
+    if since is not None:
+        past = _since(desk, since)
     elif query.n is not None:
         past = list(desk.events)
     else:
-        return stream_reply(_follow(desk, follower, [_snapshot_line(desk, chosen)], query.follow))
+        return stream_reply(_follow(desk, follower, [_snapshot_line(desk, chosen)], query.follow), call.form)
     lines = [event_line(event) for event in past if follower.wanted(event)]
     if query.n is not None:
         lines = lines[len(lines) - query.n :] if query.n < len(lines) else lines
-    return stream_reply(_follow(desk, follower, lines, query.follow))
+    return stream_reply(_follow(desk, follower, lines, query.follow), call.form)
 
 
 def _snapshot_line(desk: Desk, chosen: Selected) -> bytes:
@@ -76,7 +77,7 @@ async def _follow(desk: Desk, follower: Followed, first: list[bytes], follow: bo
 
 def logs(desk: Desk, call: Call) -> Answer:
     query: LogsQuery = call.query
-    return stream_reply(_records(desk, desk.select(query.select), query))
+    return stream_reply(_records(desk, desk.select(query.select), query), call.form)
 
 
 async def _records(desk: Desk, chosen: Selected, query: LogsQuery) -> AsyncGenerator[bytes, None]:

@@ -6,6 +6,7 @@ operation it waits for goes on: it does not live here). A connection costs a tim
 """
 
 import asyncio
+import collections
 import contextlib
 import errno
 import os
@@ -21,7 +22,9 @@ import msgspec
 from nssup.listener import Listener, listen
 
 _UCRED = struct.Struct("3i")
-_SO_PEERPIDFD = 77  # Linux 6.5, include/uapi/asm-generic/socket.h
+_SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h
+_SO_PEERPIDFD = 77  # Linux 6.5, the same
+_MOST_GROUPS = 65536  # NGROUPS_MAX
 _LAST_TURNS = 4  # of the loop: a connection is accepted, made, begins to read, and has read
 
 
@@ -29,7 +32,7 @@ class Peer(NamedTuple):
     """Who connected, as the kernel saw it then (SO_PEERCRED), in the supervisor's own namespaces.
 
     host_pid: 0 for a process that cannot be seen from here. pidfd: the connection's own; -1 where the kernel has none,
-    or the process had ended before it was asked for (then `ended`).
+    or the process had ended before it was asked for (then `ended`). groups: the supplementary ones.
     """
 
     host_pid: int
@@ -37,6 +40,7 @@ class Peer(NamedTuple):
     gid: int
     pidfd: int = -1
     ended: bool = False
+    groups: tuple[int, ...] = ()
 
 
 class Request(NamedTuple):
@@ -70,11 +74,13 @@ class App(Protocol):
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What a client may cost. deadline: seconds for a request to arrive (and for a reply to be taken). grace: seconds
-    for replies under way when the server closes."""
+    for replies under way when the server closes. connections: of everybody; of_peer: of one process, or of all
+    processes of another user together."""
 
     head_bytes: int = 16 * 1024
     body_bytes: int = 1024 * 1024
-    connections: int = 64
+    connections: int = 256
+    of_peer: int = 64
     deadline: float = 10.0
     grace: float = 1.0
 
@@ -97,10 +103,23 @@ def failure(status: int, code: str, message: str, hint: str = "") -> _Plain:
 def peer_of(sock: socket.socket) -> Peer:
     """sock: a connected one (uvloop hands out a stand-in that has what is needed). The pidfd is the caller's."""
     host_pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    groups = () if uid in (0, os.geteuid()) else _groups_of(sock)
     try:
-        return Peer(host_pid, uid, gid, sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD))
+        return Peer(host_pid, uid, gid, sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD), groups=groups)
     except OSError as e:
-        return Peer(host_pid, uid, gid, ended=e.errno != errno.ENOPROTOOPT)
+        return Peer(host_pid, uid, gid, ended=e.errno != errno.ENOPROTOOPT, groups=groups)
+
+
+def _groups_of(sock: socket.socket) -> tuple[int, ...]:
+    for count in (32, _MOST_GROUPS):
+        try:
+            data = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * count)
+        except OSError as e:
+            if e.errno != errno.ERANGE:
+                break
+        else:
+            return struct.unpack(f"{len(data) // 4}I", data)
+    return ()
 
 
 class Connection(asyncio.Protocol):
@@ -122,6 +141,12 @@ class Connection(asyncio.Protocol):
         self._gone = False
 
     # From the transport.
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Who shares one allowance of connections."""
+        uid = self._peer.uid
+        return (uid, self._peer.host_pid if uid in (0, os.geteuid()) else -1)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but its base class
@@ -388,6 +413,7 @@ class Server:
         self._server: asyncio.AbstractServer
         self._connections: set[Connection] = set()
         self._arriving: dict[Connection, None] = {}  # in order of age
+        self._of_peer: collections.Counter[tuple[int, int]] = collections.Counter()
         self._emptied: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -442,16 +468,27 @@ class Server:
     def admit(self, connection: Connection) -> bool:
         """Room is made at the cost of whoever has been asking nothing for longest."""
         self._connections.add(connection)
-        if len(self._connections) <= self.limits.connections:
-            return not self.closing
-        if self._arriving and not self.closing:
-            next(iter(self._arriving)).evict()
-            return True
-        return False
+        self._of_peer[connection.key] += 1
+        if self.closing:
+            return False
+        if self._of_peer[connection.key] > self.limits.of_peer:
+            return self._evict(connection.key)
+        return len(self._connections) <= self.limits.connections or self._evict()
+
+    def _evict(self, key: tuple[int, int] | None = None) -> bool:
+        """Whether room was made, at the cost of a connection that has asked nothing yet (key: one of that peer's)."""
+        silent = next((each for each in self._arriving if key in (None, each.key)), None)
+        if silent is not None:
+            silent.evict()
+        return silent is not None
 
     def forget(self, connection: Connection) -> None:
         self._arriving.pop(connection, None)
-        self._connections.discard(connection)
+        if connection in self._connections:
+            self._connections.discard(connection)
+            self._of_peer[connection.key] -= 1
+            if not self._of_peer[connection.key]:
+                del self._of_peer[connection.key]
         if self.closing and not self._connections and self._emptied is not None and not self._emptied.done():
             self._emptied.set_result(None)
 

@@ -494,6 +494,17 @@ POOL = {
     "isolation": later("Mounts, capabilities, seccomp, network."),
 }
 
+ROLES = {
+    "viewer": Key(TEXTS, "[]", "Groups whose members may look: status, logs, events."),
+    "operator": Key(TEXTS, "[]", "Those may also start, stop, restart, kill, scale."),
+    "admin": Key(TEXTS, "[]", "Those may everything, which amounts to being the supervisor's user."),
+}
+
+CONTROL = {
+    "group": Key(TEXT, "none", "Group of the control socket. Without `roles` its members are operators."),
+    "roles": Key(table(ROLES, 'roles = { operator = ["wheel"] }'), "", "See below."),
+}
+
 SUPERVISOR = {
     "state_dir": Key(TEXT, "`/var/lib/nssup`; not root: `$XDG_STATE_HOME/nssup`", "What the operator wants."),
     "runtime_dir": Key(
@@ -503,7 +514,7 @@ SUPERVISOR = {
     ),
     "log_dir": Key(TEXT, "`/var/log/nssup`; not root: `$XDG_STATE_HOME/nssup/log`", "Records of workers and events."),
     "socket": Key(TEXT, "`RUNTIME_DIR/nssup.sock`", "The control socket, mode 0660; at most 107 bytes long."),
-    "control": later("Roles and access."),
+    "control": Key(table(CONTROL, 'control = { group = "wheel" }'), "", "Who else may steer. See below."),
 }
 
 

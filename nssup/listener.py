@@ -32,6 +32,11 @@ class Listener:
         self._identity = None
         return fd
 
+    def open_to(self, gid: int) -> None:
+        """The members of a group may connect. Raises OSError."""
+        os.chown(self.path, -1, gid)
+        os.chmod(self.path, 0o660)
+
     def remove(self) -> None:
         """Removes the file, if it is still the one made here. The socket is somebody else's by now."""
         if self._identity is not None and _identity(self.path) == self._identity:

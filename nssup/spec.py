@@ -23,6 +23,18 @@ SIGTERM = 15
 SIGKILL = 9
 
 
+class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may steer besides root and the supervisor's own user; names or numbers of groups.
+
+    group: whose the socket is. viewer, operator, admin: the groups whose members are that.
+    """
+
+    group: str | None = None
+    viewer: tuple[str, ...] = ()
+    operator: tuple[str, ...] = ()
+    admin: tuple[str, ...] = ()
+
+
 class SupervisorSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Where one supervisor keeps what it keeps; absolute paths (interface.md, [supervisor])."""
 
@@ -30,6 +42,7 @@ class SupervisorSpec(msgspec.Struct, frozen=True, kw_only=True):
     runtime_dir: str
     log_dir: str
     socket: str
+    control: ControlSpec = ControlSpec()
 
 
 class User(NamedTuple):

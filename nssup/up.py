@@ -17,7 +17,9 @@ import msgspec
 from msgspec.structs import replace
 
 from nssup import __version__, clone, facts, handover, record, reexec, systemd, wire
-from nssup.config import Config, account
+from nssup import config as configs
+from nssup.access import Role
+from nssup.config import Config
 from nssup.errors import ControlError, ExitCode
 from nssup.events import Event, Exit, State
 from nssup.listener import Listener, listen, resume
@@ -233,7 +235,7 @@ def rehearsal(config: Config) -> str:
     _loop_factory()
     host = facts.Host()
     for spec in config.pools.values():
-        account(validate(spec), host)
+        configs.account(validate(spec), host)
     clone.Launcher().close()
     return msgspec.json.encode(_Rehearsed(__version__, _FORMATS, config.supervisor)).decode()
 
@@ -264,7 +266,7 @@ class _Upgrade:
             if not found.formats.get(name, 0) - 1 <= version <= found.formats.get(name, 0):
                 raise _refusal(f"nssup {found.version} does not understand the {name} of this one")
         there, wanted = (msgspec.to_builtins(spec) for spec in (self._session.config.supervisor, found.supervisor))
-        moved = [name for name, place in there.items() if wanted.get(name) != place]
+        moved = [name for name, place in there.items() if name != "control" and wanted.get(name) != place]
         if moved:
             hint = "shut it down with --leave-running only if they are moved with it"
             raise _refusal(f"the config has another {', '.join(moved)} now: that takes a restart", hint)
@@ -365,12 +367,13 @@ class _Session:
             with self._signals(), contextlib.ExitStack() as ended, _left_by_an_error(supervisor):
                 listener = self._listener()  # if it is not to be had, nothing is started
                 ended.callback(listener.close)
+                self._open_to_group(listener)
                 self._start(ended)
                 await supervisor.wait_launched(CONTROL_AFTER)  # who asks meanwhile waits in the listener's queue
                 from nssup.ctl import ControlServer
 
                 upgrade = _Upgrade(self, self._inheritance.failed if self._inheritance else None)
-                async with ControlServer(supervisor, listener, upgrade=upgrade):
+                async with ControlServer(supervisor, listener, upgrade=upgrade, roles=self._roles()):
                     self._service.ready()
                     await supervisor.wait_shutdown()
                     self.verdict.end()
@@ -403,6 +406,33 @@ class _Session:
         listener = listen(path, lock_held=True)
         self._manager.keep(systemd.CONTROL, listener.socket.fileno())
         return listener
+
+    def _open_to_group(self, listener: Listener) -> None:
+        """The group may reach the socket: also through the run-time directory, if it lies there."""
+        spec = self.config.supervisor
+        gid = None if spec.control.group is None else configs.gid(spec.control.group, facts.Host())
+        if gid is None:
+            return
+        try:
+            listener.open_to(gid)
+            if os.path.dirname(spec.socket) == spec.runtime_dir:
+                os.chown(spec.runtime_dir, -1, gid)
+                os.chmod(spec.runtime_dir, 0o710)
+        except OSError as error:
+            hint = "be root, or a member of it"
+            why = f"cannot give {spec.socket} to group {spec.control.group}: {error.strerror}"
+            raise ControlError("socket-group", why, hint=hint) from None
+
+    def _roles(self) -> dict[int, Role]:
+        """gid -> what its members are; of one that is named twice, the higher."""
+        host, control = facts.Host(), self.config.supervisor.control
+        named: dict[Role, tuple[str, ...]] = {
+            "viewer": control.viewer,
+            "operator": control.operator,
+            "admin": control.admin,
+        }
+        found = [(configs.gid(name, host), role) for role, names in named.items() for name in names]
+        return {gid: role for gid, role in found if gid is not None}
 
     def _start(self, ended: contextlib.ExitStack) -> None:
         supervisor = self._supervisor

@@ -70,6 +70,7 @@ EVENTS = frozenset(EVENT_OF.values()) | {
     "reload_refused",
     "adopted",
     "lost",
+    "requested",
     "slot_set_aside",
     "notes_failed",
     "left_running",

@@ -10,6 +10,8 @@ BEGIN, END = "<!-- tables: scripts/config_reference.py -->\n", "<!-- end of tabl
 TABLES = (
     ("Top level", keys.TOP),
     ("`[supervisor]`", keys.SUPERVISOR),
+    ("`[supervisor.control]`", keys.CONTROL),
+    ("`[supervisor.control.roles]`", keys.ROLES),
     ("`[pool.NAME]` and `[defaults]`", keys.POOL),
     ("`[pool.NAME.restart]`", keys.RESTART),
     ("`[pool.NAME.restart.backoff]`", keys.BACKOFF),

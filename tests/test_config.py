@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nssup import config, keys, locate, spec
 from nssup.errors import ExitCode, Problem, SpecError
 from nssup.record import Identity
-from nssup.spec import Backoff, LogSpec, PoolSpec, RestartPolicy, StopStep, SupervisorSpec, User
+from nssup.spec import Backoff, ControlSpec, LogSpec, PoolSpec, RestartPolicy, StopStep, SupervisorSpec, User
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -1018,3 +1018,19 @@ def test_rules_for_specs_that_no_config_made(change: Callable[[], dict[str, Any]
     with pytest.raises(SpecError):
         spec.validate(broken)
     assert spec.validate(GOOD) is GOOD
+
+
+def test_who_else_may_steer() -> None:
+    def control(text: str) -> ControlSpec:
+        return parse(f"version = 1\n[supervisor.control]\n{text}\n").supervisor.control
+
+    assert control("group = 'app'") == ControlSpec(group="app", operator=("app",))
+    assert control("group = 'app'\nroles = { viewer = ['app'], admin = ['7'] }") == ControlSpec(
+        group="app", viewer=("app",), admin=("7",)
+    )
+    with pytest.raises(SpecError) as refused:
+        control("group = 'apq'\nroles = { operator = ['app', 'wheels'] }")
+    assert [str(problem) for problem in refused.value.problems] == [
+        'n.toml:3:1: supervisor.control.group: there is no group "apq" on this host: make it, or name another',
+        'n.toml:4:30: supervisor.control.roles.operator.1: there is no group "wheels" on this host: make it, or name another',
+    ]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from nssup.access import Role
+
 pytestmark = pytest.mark.both_loops
 
 
@@ -304,7 +306,7 @@ async def test_start_stop_restart_wait_for_the_result(site: Site) -> None:
     assert site.states() == {"web/0": "stopped", "web/1": "stopped"}
     started = await site.post("start", "web", wait=True)
     assert (started.exit, started.outcome) == (0, {"web/0": ("running", True), "web/1": ("running", True)})
-    assert started.json["seq"] == site.sup.workers.seq
+    assert started.json["seq"] == site.sup.workers.seq - 1, "its own note comes behind it"
     assert started.json["results"][0]["host_pid"] == 5003
     again = await site.post("start", "web/0", wait=True)
     assert again.outcome == {"web/0": ("running", True)}, "it is already"
@@ -770,6 +772,103 @@ async def test_strangers_are_refused(site: Site, monkeypatch: pytest.MonkeyPatch
     allowed = control(me)
     assert isinstance(allowed, Reply)
     assert allowed.status == 200
+
+
+def _request(method: str, path: str, uid: int, *gids: int) -> http.Request:
+    """From somebody else's process that cannot be seen from here, so that it need not be there."""
+    return http.Request(method, path, "", {}, b"{}", http.Peer(0, uid, gids[0], groups=gids[1:]))
+
+
+ROLES: dict[int, Role] = {2001: "viewer", 2002: "operator", 2003: "admin"}
+
+
+@pytest.mark.parametrize(
+    ("gids", "allowed"),
+    [
+        ((9,), set()),
+        ((2001,), {"/v1/status"}),
+        ((9, 2001, 2002), {"/v1/status", "/v1/stop"}),
+        ((9, 2003), {"/v1/status", "/v1/stop", "/v1/reexec"}),
+    ],
+)
+async def test_groups_have_roles(tmp_path: Path, gids: tuple[int, ...], allowed: set[str]) -> None:
+    sup = Supervisor(tmp_path)
+    sup.add("web")
+    bodies = {"/v1/status": b"", "/v1/stop": b'{"all": true}', "/v1/reexec": b"{}"}
+    async with ControlServer(sup, str(tmp_path / "s.sock"), upgrade=Upgrade(), roles=ROLES) as server:
+
+        async def status(path: str, body: bytes) -> int:
+            answer = server.app(_request("POST" if body else "GET", path, 65533, *gids)._replace(body=body))
+            reply = await answer if asyncio.iscoroutine(answer) else answer
+            assert isinstance(reply, Reply)
+            return reply.status
+
+        found = {path: await status(path, body) for path, body in bodies.items()}
+        assert found == {path: 200 if path in allowed else 403 for path in bodies}
+    await sup.close()
+
+
+async def test_every_changing_request_is_noted(site: Site) -> None:
+    site.sup.add("web")
+    site.sup.add("bad", "missing", enabled=False, restart=_never_restart())
+    await site.until("web/0", State.RUNNING)
+    web = await site.stream("/v1/events?select=web&n=0")
+    everything = await site.stream("/v1/events?n=0")
+    before = site.sup.workers.seq
+    await site.post("stop", "web", wait=True)
+    await site.post("stop", "nosuch")
+    await site.post("start", "bad", wait=True)
+    await site.ask("POST", "/v1/scale", b"nonsense")
+    await site.post("wait", "web", wait="stopped")
+    await site.post("stop", "web")
+    told: list[tuple[str, dict[str, Any]]] = []
+    while len(told) < 5:
+        event = await everything.next()
+        if event["event"] == "requested":
+            told.append((event["reason"], event["detail"]))
+    assert [(reason, detail["request"]) for reason, detail in told] == [
+        ("ok", "stop"),
+        ("no-such-worker", "stop"),
+        ("failed", "start"),
+        ("bad-request", "scale"),
+        ("ok", "stop"),
+    ], "seeing is not noted, neither is waiting"
+    me = {"uid": os.geteuid(), "host_pid": os.getpid(), "role": "admin"}
+    assert told[0][1] == {"request": "stop", **me, "after": before, "select": ["web"], "wait": True}
+    assert (await web.next())["event"] == "stop_begun"
+    assert (await web.next())["event"] == "stopped", "who follows workers hears of them alone"
+
+
+async def test_a_client_that_hangs_up_is_noted_too(site: Site) -> None:
+    site.sup.add("web", "slow", enabled=False)
+    events = await site.stream("/v1/events?n=0")
+    _, writer = await site.send("POST", "/v1/start", {"select": ["web"], "wait": True})
+    assert (await events.next())["event"] == "launched"
+    writer.close()
+    told = await events.next()
+    assert (told["event"], told["reason"]) == ("requested", "client-gone")
+
+
+async def test_a_refused_change_is_noted(site: Site) -> None:
+    answer = site.server.app(_request("POST", "/v1/shutdown", 65533, 9))
+    assert isinstance(answer, Reply)
+    (event,) = await (await site.stream("/v1/events?follow=0&n=1")).rest()
+    assert (event["event"], event["reason"]) == ("requested", "not-permitted")
+    assert event["detail"] == {"request": "shutdown", "uid": 65533, "host_pid": 0, "role": None, "after": 0}
+
+
+async def test_events_as_server_sent_events(site: Site) -> None:
+    site.sup.add("web", enabled=False)
+    reader, writer = await asyncio.open_unix_connection(site.server.path)
+    site.writers.append(writer)
+    writer.write(b"GET /v1/events HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nLast-Event-ID: 7:0\r\n\r\n")
+    status, headers = await site.head(reader)
+    assert (status, headers["content-type"]) == (200, "text/event-stream")
+    size = int(await reader.readline(), 16)
+    told = (await reader.readexactly(size)).decode().splitlines()
+    assert told[:2] == ["id: 7:1", "event: pool_added"]
+    assert json.loads(told[2].removeprefix("data: "))["pool"] == "web"
+    assert told[3] == ""
 
 
 # The table.

@@ -34,7 +34,7 @@ def base(tmp_path: Path) -> Path:
 
 def spec_in(base: Path, **paths: str) -> SupervisorSpec:
     known = {name: str(base / name) for name in ("state_dir", "runtime_dir", "log_dir", "socket")}
-    return SupervisorSpec(**(known | paths))
+    return SupervisorSpec(**(known | paths))  # type: ignore[arg-type]
 
 
 def epoch_of(base: Path) -> int:

@@ -400,6 +400,20 @@ async def test_silent_connections_make_room_for_an_honest_client(site: Site) -> 
     assert len(site.server._connections) <= 4
 
 
+@limits(of_peer=2)
+async def test_one_peer_has_not_all_connections(site: Site) -> None:
+    """It makes room for itself by what it left silent, and is refused when all that it has are busy."""
+    silent = await site.connect()
+    for _ in range(2):
+        site.app.waiting.clear()
+        (await site.connect()).writer.write(GET % b"/wait")
+        await site.app.waiting.wait()
+    assert (await silent.answer())[0] == 503
+    assert (await (await site.connect()).answer())[0] == 503
+    site.app.release.set()
+    assert (await site.clients[1].answer())[0] == 200
+
+
 @limits(connections=2)
 async def test_beyond_the_limit_of_busy_connections_is_refused(site: Site) -> None:
     for _ in range(2):

@@ -85,6 +85,48 @@ def test_another_pid_namespace_is_no_reason(tmp_path: Path) -> None:
         assert done.stdout == b"answer 200 False\n"
 
 
+# As user 65533 with the groups given: the statuses of seeing, doing, and what only an admin may.
+AS_MEMBER = """
+import os, socket, sys
+groups = [int(word) for word in sys.argv[2:]]
+os.setgroups(groups[1:])
+os.setgid(groups[0])
+os.setuid(65533)
+for what in "GET /v1/status", "POST /v1/start", "POST /v1/reexec":
+    peer = socket.socket(socket.AF_UNIX)
+    try:
+        peer.connect(f"/proc/self/fd/{sys.argv[1]}/nssup.sock")
+    except PermissionError:
+        print("closed")
+        break
+    peer.sendall(f"{what} HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 2\\r\\n\\r\\n{{}}".encode())
+    print(peer.recv(65536).split()[1].decode())
+"""
+
+
+@needs_root
+def test_members_of_groups_may_what_the_config_says(tmp_path: Path) -> None:
+    control = 'control = { group = "3001", roles = { viewer = ["3001", "3002"], operator = ["3003"] } }'
+    with Up(tmp_path, "", supervisor=control) as up:
+        there = os.open(up.socket.parent, os.O_PATH)  # the directories of a test are closed to everybody
+
+        def answers(*groups: int) -> list[str]:
+            words = [sys.executable, "-c", AS_MEMBER, str(there), *map(str, groups)]
+            return subprocess.run(words, pass_fds=[there], capture_output=True, check=True, text=True).stdout.split()
+
+        assert answers(3001) == ["200", "403", "403"]
+        assert answers(9, 3001, 3003) == ["200", "200", "403"]
+        assert answers(9, 3003) == ["closed"], "no member of the socket's own group"
+        os.close(there)
+        up.end()
+    refused = [event["detail"] for event in up.events if event.get("reason") == "not-permitted"]
+    assert [(detail["request"], detail["role"], detail["uid"]) for detail in refused] == [
+        ("start", "viewer", 65533),
+        ("reexec", "viewer", 65533),
+        ("reexec", "operator", 65533),
+    ]
+
+
 def test_who_connected() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
