@@ -21,6 +21,7 @@ Published, one Event per change of state, plus facts (`from` and `to` are None):
 | `pool_added` `scaled` `pool_removed` | facts about a pool |
 | `log_failed` | fact: a pool's log file took no more, and output was dropped (`note`d by whoever writes it) |
 | `adopted` `lost` | facts: a worker of a supervisor that is no more is ours now; it cannot be proven ours |
+| `requested` | fact: somebody asked for a change, and what was answered (`note`d by the control side, see audit) |
 | `slot_set_aside` | fact: a note of a life was torn or forged |
 | `notes_failed` | fact: lives can no more be noted; who is launched from now on ends with the supervisor |
 | `reload_refused` | fact: SIGHUP came, and this version cannot apply a changed config |

@@ -292,7 +292,7 @@ def test_another_version(tmp_path: Path, installed: Path) -> None:
     ("module", "old", "new", "why"),
     [
         ("loop", "class Supervisor", "class Supervisor:", "SyntaxError"),
-        ("ctl", "import heapq", "import no_such_module", "No module named"),
+        ("ctl", "import asyncio", "import no_such_module", "No module named"),
         ("record", "SLOT_VERSION = 1", "SLOT_VERSION = 3", "does not understand the lives of this one"),
     ],
 )
