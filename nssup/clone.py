@@ -483,7 +483,7 @@ class Process:
             return found
         try:
             while len(found) < wire.SOCKETS_MAX:
-                found.append(_pidfd.getfd(self.pidfd, wire.Fd.SOCKETS + len(found)))
+                found.append(_pidfd.getfd(self.pidfd, wire.SOCKETS_FIRST + len(found)))
         except OSError as error:
             if error.errno in (errno.EBADF, errno.ESRCH):
                 return found

@@ -16,7 +16,9 @@ VERSION = 1
 TOKEN_SIZE = 16
 RECORD_INLINE_MAX = 32768
 RECORD_MAX = 16777216
+SOCKETS_FIRST = 16  # where init keeps the listening sockets that came over the line
 SOCKETS_MAX = 32
+OWN_FIRST = 48  # from here on what init opens for itself
 STATUS_SIZE = 120
 
 _HEADER = struct.Struct("<HBBI")
@@ -36,8 +38,6 @@ class Fd(enum.IntEnum):
     STAGING = 11
     INIT_EXE = 12
     COUNT = 13
-    SOCKETS = 16  # not at birth: where it keeps the listening sockets that came over the line
-    OWN = 48  # from here on what init opens for itself
 
 
 class Type(enum.IntEnum):

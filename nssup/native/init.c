@@ -73,7 +73,7 @@ static struct {
 	uint32_t told;	     /* the last phase that the line took: what is later waits for room */
 	int step, error;     /* of the worker's vfork child */
 	int line;	     /* the line, when FD_LINE is the program's; 0: it is not */
-	uint32_t sockets;    /* how many there are from FD_SOCKETS on */
+	uint32_t sockets;    /* how many there are from SOCKETS_FIRST on */
 	/* Only where the record asked for it; 0: not there. */
 	int notify;	 /* socket of sd_notify */
 	int ready;	 /* read end of the ready pipe */
@@ -854,7 +854,7 @@ static void take_socket(int *fd)
 	if (*fd < 0 || self.launch.has_token || self.state.phase != PHASE_WAITING || self.sockets == SOCKETS_MAX)
 		self.state.unknown++;
 	else
-		place(fd, FD_SOCKETS + (int)self.sockets++);
+		place(fd, SOCKETS_FIRST + (int)self.sockets++);
 }
 
 static void acknowledged(const struct wire_ack *m)
@@ -1048,7 +1048,7 @@ static long out_of_the_way(long fd)
 {
 	if (fd < 0)
 		return fd;
-	long r = sys3(__NR_fcntl, fd, F_DUPFD_CLOEXEC, FD_OWN);
+	long r = sys3(__NR_fcntl, fd, F_DUPFD_CLOEXEC, OWN_FIRST);
 	close_fd(fd);
 	return r;
 }
@@ -1294,7 +1294,7 @@ static long place_sockets(const struct launch *l)
 	if (self.sockets && sys0(__NR_getpid) != (long)l->sockets.ns_pid)
 		return -ESRCH; /* LISTEN_PID would be a lie, and the program deaf */
 	for (unsigned i = 0; i < self.sockets; i++) {
-		long r = sys3(__NR_dup3, FD_SOCKETS + i, 3 + i, 0);
+		long r = sys3(__NR_dup3, SOCKETS_FIRST + i, 3 + i, 0);
 		if (r < 0)
 			return r;
 	}
@@ -1320,7 +1320,7 @@ static long keep_line(void)
 	send_started((int)sys0(__NR_getpid));
 	if (!self.sockets)
 		return sys3(__NR_fcntl, FD_LINE, F_SETFD, FD_CLOEXEC);
-	long r = sys3(__NR_fcntl, FD_LINE, F_DUPFD_CLOEXEC, FD_OWN);
+	long r = sys3(__NR_fcntl, FD_LINE, F_DUPFD_CLOEXEC, OWN_FIRST);
 	self.line = r < 0 ? 0 : (int)r;
 	return r;
 }

@@ -25,8 +25,8 @@ enum {
 
 /* Where init keeps the listening sockets that came over the line, in their order, for the program and for the next
  * supervisor. What init opens for itself has numbers above them. */
-enum { FD_SOCKETS = 16, SOCKETS_MAX = 32, FD_OWN = 48 };
-_Static_assert(FD_OWN == FD_SOCKETS + SOCKETS_MAX, "room for the sockets");
+enum { SOCKETS_FIRST = 16, SOCKETS_MAX = 32, OWN_FIRST = 48 };
+_Static_assert(OWN_FIRST == SOCKETS_FIRST + SOCKETS_MAX, "room for the sockets");
 
 /* --- messages ------------------------------------------------------------------------------------------------
  * One datagram of the SOCK_SEQPACKET line holds one or more messages, each a header and `length` bytes of payload,
