@@ -151,7 +151,7 @@ def decode_head(data: bytes) -> tuple[Layout, str]:
     if len(data) < HEAD.size:
         raise StagingError("staging: too short")
     magic, version, streams, half, entries, tail, pool = HEAD.unpack_from(data)
-    if magic != MAGIC or version != VERSION or tail != TAIL or not (streams and half and entries):
+    if magic != MAGIC or not VERSION - 1 <= version <= VERSION or tail != TAIL or not (streams and half and entries):
         raise StagingError("staging: not ours, or of a version that this nssup does not know")
     return Layout(streams, half, entries), pool.rstrip(b"\0").decode("ascii", "replace")
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from nssup.errors import errno_name
 
 MAGIC = 0x534E
-VERSION = 1
+VERSION = 1  # understood, and the one before
+SPOKEN = 1  # said: never above what a neighbouring version understands
 TOKEN_SIZE = 16
 RECORD_INLINE_MAX = 32768
 RECORD_MAX = 16777216
@@ -130,7 +131,7 @@ _TWO = struct.Struct("<II")
 _SIZE = struct.Struct("<Q")
 
 
-def message(kind: int, payload: bytes, version: int = VERSION) -> bytes:
+def message(kind: int, payload: bytes, version: int = SPOKEN) -> bytes:
     """One message, padded."""
     return _HEADER.pack(MAGIC, version, kind, len(payload)) + payload + _PADDING[len(payload) % 8]
 

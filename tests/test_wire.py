@@ -275,7 +275,7 @@ ENUMS: dict[str, type[Enum]] = {
     "STEP_": wire.Step,
     "NOTIFIED_": wire.Flag,
 }
-NOT_A_TYPE = {"WIRE_MAGIC", "WIRE_VERSION"}
+NOT_A_TYPE = {"WIRE_MAGIC", "WIRE_VERSION", "WIRE_SPOKEN"}
 # Under another name here, or of no use to this side.
 ONLY_THERE = {"GO_DEADLINE_MS", "FIELD_MUST", "RECORD_INLINE_MAX", "RECORD_MAX", *NOT_A_TYPE}
 LAYOUTS = {
@@ -351,7 +351,9 @@ def test_enums_are_those_of_the_header(prefix: str) -> None:
 
 
 def test_constants_are_those_of_the_header() -> None:
-    assert (CONSTANTS["WIRE_MAGIC"], CONSTANTS["WIRE_VERSION"]) == (wire.MAGIC, wire.VERSION)
+    there = (CONSTANTS["WIRE_MAGIC"], CONSTANTS["WIRE_VERSION"], CONSTANTS["WIRE_SPOKEN"])
+    assert there == (wire.MAGIC, wire.VERSION, wire.SPOKEN)
+    assert VERSION - 1 <= wire.SPOKEN <= VERSION
     for name in ("TOKEN_SIZE", "SIGNAL_MAIN", "SIGNAL_ALL", "RECORD_INLINE_MAX", "RECORD_MAX", "STATUS_SIZE"):
         assert getattr(wire, name) == CONSTANTS[name], name
     assert CONSTANTS["FIELD_MUST"] == record.MUST

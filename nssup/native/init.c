@@ -132,7 +132,7 @@ struct datagram {
 
 static void put(struct datagram *d, int type, const void *payload, size_t length)
 {
-	struct wire_header h = {WIRE_MAGIC, WIRE_VERSION, (uint8_t)type, (uint32_t)length};
+	struct wire_header h = {WIRE_MAGIC, WIRE_SPOKEN, (uint8_t)type, (uint32_t)length};
 	memcpy(d->bytes + d->length, &h, sizeof h);
 	memcpy(d->bytes + d->length + sizeof h, payload, length);
 	d->length += sizeof h + ((length + 7) & ~7UL);

@@ -32,9 +32,11 @@ _Static_assert(OWN_FIRST == SOCKETS_FIRST + SOCKETS_MAX, "room for the sockets")
  * One datagram of the SOCK_SEQPACKET line holds one or more messages, each a header and `length` bytes of payload,
  * padded with zeroes to a multiple of 8. A receiver speaks WIRE_VERSION and the one before it: fields are only ever
  * appended, a shorter payload reads as if zeroes followed, a longer one is cut. Unknown types are counted and skipped.
+ * WIRE_SPOKEN stands in what we say: a new version is read first and said a version later, so that neighbours
+ * understand each other both ways.
  */
 
-enum { WIRE_MAGIC = 0x534e, WIRE_VERSION = 1 };
+enum { WIRE_MAGIC = 0x534e, WIRE_VERSION = 1, WIRE_SPOKEN = 1 };
 
 struct wire_header {
 	uint16_t magic;
