@@ -288,6 +288,56 @@ def test_another_version(tmp_path: Path, installed: Path) -> None:
         assert seen(up) == before
 
 
+# Where each format has its version; each must be another, or the next version would not be one.
+VERSIONS = {"wire": "\nVERSION", "record": "\nSLOT_VERSION", "handover": "\nVERSION", "reexec": "\nVERSION"}
+
+
+def become_next(installed: Path) -> None:
+    """As the next version will be, which understands one more of everything, and writes it where it may."""
+    for module, name in VERSIONS.items():
+        put(installed, module, f"{name} = 1", f"{name} = 2")
+
+
+def test_the_next_version_takes_over_and_this_one_does_not_take_over_from_it(tmp_path: Path, installed: Path) -> None:
+    """Told by reexec, and by a kill: with the inits, the notes, the staged output and the inheritance of this one."""
+    script = "trap 'echo again' USR1; echo up; while :; do sleep 1000 & wait $!; done"
+    pools = "".join(
+        f'[pool.{name}]\ncommand = ["sh", "-c", "{script}"]\non_supervisor_death = "{name}"\n'
+        for name in ("keep", "die")
+    )
+
+    def says(up: Up, pool: str, times: int) -> None:
+        assert up.ctl("kill", "-s", "USR1", pool).code == 0
+        up.wait_record(pool, lambda record: record["offset"] == len("up\n") + len("again\n") * (times - 1))
+
+    with running(tmp_path, installed, pools) as up:
+        up.leaves = True
+        for name in ("keep", "die"):
+            up.wait_record(name, lambda record: record.get("msg") == "up")
+        before = seen(up)
+        become_next(installed)
+        assert up.ctl("reexec").code == 0
+        assert seen(up) == before
+        for name in ("keep", "die"):
+            says(up, name, 1)
+        shutil.copytree(PACKAGE, installed / "nssup", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        said = up.ctl("reexec")
+        assert (said.code, "does not understand the inheritance of this one" in said.err) == (1, True), said
+        up.process.kill()
+        up.wait_end()
+    refused = nssup("up", "-c", str(up.config))
+    assert (refused.code, "written by a later version of nssup" in refused.err) == (1, True), refused
+    become_next(installed)
+    with running(tmp_path, installed, pools) as up:
+        up.wait_running("keep/0", "die/0")
+        after = seen(up)
+        assert after["keep/0"] == before["keep/0"]
+        assert after["die/0"]["host_pid"] != before["die/0"]["host_pid"]
+        says(up, "keep", 2)
+        assert up.end() == 0
+    assert [record["msg"] for record in up.records("keep")][:3] == ["up", "again", "again"]
+
+
 @pytest.mark.parametrize(
     ("module", "old", "new", "why"),
     [
