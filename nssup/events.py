@@ -125,10 +125,10 @@ class Sick(LifeInput, frozen=True):
 
 
 class Alive(LifeInput, frozen=True):
-    """The program said something that its deadlines depend on. heartbeat: when it last said WATCHDOG=1, None: never;
-    extend: seconds that it wanted from extend_at on, for whatever is being waited for. CLOCK_BOOTTIME seconds."""
+    """The program said something that its deadlines depend on. until: its last heartbeat is good until then, None: it
+    moves nothing; extend: seconds that it wanted from extend_at on, for whatever is being waited for. CLOCK_BOOTTIME."""
 
-    heartbeat: float | None = None
+    until: float | None = None
     extend: float = 0.0
     extend_at: float = 0.0
 

@@ -308,22 +308,47 @@ def _signal(value: object) -> int:
 
 
 SIGNAL = Kind("signal", _signal)
+WORDS = Kind("list of texts", lambda value: _list(value, Kind("text", _text)) or _fail("is empty: name a program"))
+RELOAD = {
+    "signal": Key(SIGNAL, "", "What to send to the main program: `HUP`, `SIGHUP`, `1`, `RTMIN+3`."),
+    "command": Key(WORDS, "", "What to run in the worker's namespaces, as its user, in its directory."),
+}
 STEP = {
     "signal": Key(SIGNAL, "", "What to send to the main program: `TERM`, `SIGTERM`, `15`, `RTMIN+3`."),
-    "wait": Key(DURATION, "", "How long the program may take before the next step."),
+    "command": Key(WORDS, "", "Instead: what to run in the worker's namespaces. One that fails is not waited for."),
+    "wait": Key(DURATION, "", "How long the program may take to end before the next step."),
 }
+
+
+def _deed(value: object, keys: dict[str, Key], example: str) -> dict[str, Any]:
+    """A signal or a command, and all else that keys have."""
+    if not isinstance(value, dict):
+        _fail(f"must be {example}")
+    values, found = convert(keys, value)
+    if ("signal" in value) == ("command" in value):
+        found.append(((), f"must have one of signal and command: write {example}"))
+    found += [((name,), f"is missing: write {example}") for name in keys if name == "wait" and name not in value]
+    if found:
+        raise Wrong(found)
+    return values
 
 
 def _step(value: object) -> dict[str, Any]:
     if value == "kill":
         return {"signal": None}
-    if not isinstance(value, dict):
-        _fail('must be { signal = "TERM", wait = "10s" } or "kill"')
-    values, found = convert(STEP, value)
-    found += [((name,), 'is missing: write { signal = "TERM", wait = "10s" }') for name in STEP if name not in value]
-    if found:
-        raise Wrong(found)
-    return values
+    return {"signal": None} | _deed(value, STEP, '{ signal = "TERM", wait = "10s" } or "kill"')
+
+
+def _reload(value: object) -> dict[str, Any]:
+    return _deed(value, RELOAD, '{ signal = "HUP" } or { command = ["app", "reload"] }')
+
+
+def _some_time(value: object) -> float:
+    seconds: float = DURATION.take(value)
+    return seconds if seconds > 0 else _fail("must be longer than nothing")
+
+
+PERIOD = Kind("duration", _some_time)
 
 
 UNLIMITED = "unlimited"
@@ -429,6 +454,31 @@ LOG = {
     },
 }  # fmt: skip
 
+PROBE = {
+    "http": Key(TEXT, "", "A GET of this URL is answered with 2xx or 3xx: `http://127.0.0.1:{index+9000}/ready`."),
+    "tcp": Key(TEXT, "", "This `host:port` takes a connection. The host is an address, or `localhost`."),
+    "unix": Key(TEXT, "", "The socket at this path takes a connection."),
+    "exec": Key(WORDS, "", "This command, run in the worker's namespaces as its user, ends with 0."),
+    "every": Key(PERIOD, '"2s"', "From one try to the next. While a start is awaited they come sooner at first."),
+    "timeout": Key(PERIOD, '"2s"', "How long a try may take."),
+    "failures": Key(whole(1, 1_000_000), "3", "So many in a row change the answer."),
+    "successes": Key(whole(1, 1_000_000), "1", "So many in a row change it back."),
+}
+LIVE = PROBE
+READY = {
+    "notify": Key(
+        one_of("sd", "fd"),
+        "",
+        'The program says so itself: `"sd"`, by sd_notify(3), or `"fd"`, by a newline on descriptor `fd`.',
+    ),
+    "fd": Key(whole(3, 1_000_000), "3", 'With `notify = "fd"`.'),
+    **PROBE,
+    "log": Key(TEXT, "", "A line of its output matches this regular expression (Python's, anywhere in the line)."),
+}
+STARTUP = READY | {
+    "failures": Key(whole(1, 1_000_000), "none", "So many in a row end the worker before `start_timeout` does.")
+}
+
 POOL = {
     "command": Key(
         Kind("list of texts, or text", _command),
@@ -473,22 +523,31 @@ POOL = {
     "proc": Key(FLAG, "true", "A `/proc` of its own, which shows its processes only; needs `mount`."),
     "hostname": Key(TEXT, "the host's", "In the worker's own `uts` namespace."),
     "stop": Key(
-        list_of(Kind("step", _step), 'list of `{ signal, wait }` or `"kill"`'),
+        list_of(Kind("step", _step), 'list of `{ signal, wait }`, `{ command, wait }` or `"kill"`'),
         '[{ signal = "TERM", wait = "10s" }, "kill"]',
-        'Signals to the main program, each with the time it has to end, then `"kill"` for the whole tree.',
+        "Signals to the main program, or commands run beside it, each with the time it has to end, then "
+        '`"kill"` for the whole tree.',
+    ),
+    "reload": Key(
+        Kind("`{ signal }` or `{ command }`", _reload),
+        "",
+        'How its programs read their configuration again: `{ signal = "HUP" }` or `{ command = [...] }`.',
+    ),
+    "start_timeout": Key(
+        PERIOD, '"90s"', "How long a worker may take to be ready, where `startup` or `ready` asks for that."
+    ),
+    "startup": Key(table(STARTUP, 'startup = { tcp = "localhost:80" }'), "", "See below."),
+    "ready": Key(table(READY, 'ready = { notify = "sd" }'), "", "See below."),
+    "live": Key(table(LIVE, 'live = { tcp = "localhost:80" }'), "", "See below."),
+    "watchdog": Key(
+        PERIOD, "", "Once it is ready, the program has to say `WATCHDOG=1` by sd_notify(3) at least that often."
     ),
     "restart": Key(table(RESTART, 'restart = { policy = "..." }'), "", "See below."),
     "limits": Key(table(LIMITS, "limits = { rlimits = { nofile = 1024 } }"), "", "See below."),
     "log": Key(table(LOG, "log = { merge = true }"), "", "See below."),
     "requires": later("Dependencies."),
     "credentials": later("Secret files."),
-    "reload": later("Reload without restart."),
-    "start_timeout": later("Time-out of the start."),
     "sockets": later("Socket activation."),
-    "startup": later("Start-up probe."),
-    "ready": later("Readiness."),
-    "live": later("Liveness probe."),
-    "watchdog": later("Watchdog."),
     "rolling": later("Rolling restarts."),
     "recycle": later("Recycling by age or memory."),
     "isolation": later("Mounts, capabilities, seccomp, network."),

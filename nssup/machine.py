@@ -296,15 +296,14 @@ def _at_deadline(w: Worker, here: Here, fault: str, period: float) -> Step:
 
 def _alive(w: Worker, event: Alive, here: Here) -> Step:
     """A deadline moves: by a heartbeat that of the watchdog, by a wish for more time any other."""
-    watchdog, deadline = here.spec.watchdog, w.deadline
-    if deadline is None:
+    deadline, extended = w.deadline, w.extended
+    if deadline is None or w.exit is not None:
         return w, NOTHING
-    extended = w.extended
-    if event.extend_at > extended:
+    if w.state is not State.RUNNING and event.extend_at > extended:
         extended = event.extend_at
         deadline = max(deadline, extended + event.extend)
-    if w.state is State.RUNNING and watchdog is not None and event.heartbeat is not None:
-        deadline = max(deadline, event.heartbeat + watchdog)
+    if w.state is State.RUNNING and event.until is not None:
+        deadline = max(deadline, event.until)
     if (deadline, extended) == (w.deadline, w.extended):
         return w, NOTHING
     return replace(w, deadline=deadline, extended=extended), NOTHING
@@ -331,7 +330,7 @@ def _launch_withdrawn(w: Worker, event: LaunchFailed, here: Here) -> Step:
 
 def _begin_stop(w: Worker, here: Here, reason: str = "operator") -> Step:
     """Into the stop sequence, or straight to the kill when the program does not run yet."""
-    w = replace(w, state=State.STOPPING, reason=reason, ready=False, deadline=None)
+    w = replace(w, state=State.STOPPING, reason=reason, ready=False, deadline=None, extended=here.now)
     if w.running_since is not None:
         return _stop_step(w, 0, here)
     # Without an init yet, the kill comes with Launched.

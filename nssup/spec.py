@@ -246,6 +246,8 @@ def problems(spec: PoolSpec) -> list[tuple[str, str]]:
         + _env_problems(spec)
         + _restart_problems(spec)
         + _stop_problems(spec)
+        + _reload_problems(spec)
+        + _probe_problems(spec)
         + _rlimit_problems(spec)
     )
 
@@ -293,11 +295,103 @@ def _stop_problems(spec: PoolSpec) -> list[tuple[str, str]]:
     for index, step in enumerate(spec.stop):
         if step.kills and index < len(spec.stop) - 1:
             found.append((f"stop.{index}", '"kill" ends the sequence: nothing can come after it'))
+        if step.command is not None and step.signal is not None:
+            found.append((f"stop.{index}", "has a signal and a command: make two steps of it"))
+        if step.command is not None and not spec.init:
+            found.append((f"stop.{index}.command", NEEDS_INIT))
         if step.signal is not None and not 1 <= step.signal <= 64:
             found.append((f"stop.{index}", f"{step.signal} is no signal: they go from 1 to 64"))
         if step.wait < 0:
             found.append((f"stop.{index}", "cannot wait a negative time"))
     return found
+
+
+def _reload_problems(spec: PoolSpec) -> list[tuple[str, str]]:
+    if spec.reload is None:
+        return []
+    if (spec.reload.signal is None) == (spec.reload.command is None):
+        return [("reload", "must have one of signal and command")]
+    if spec.reload.command is not None and not spec.init:
+        return [("reload.command", NEEDS_INIT)]
+    return []
+
+
+NEEDS_INIT = "needs nssup-init inside the worker: leave out init = false"
+ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9.]+|localhost):(\d{1,5})")
+URL = re.compile(r"http://(\[[0-9A-Fa-f:.]+\]|[0-9.]+|localhost)(?::(\d{1,5}))?(/[!-~]*)?")
+UNIX_PATH_BYTES = 107  # sun_path of unix(7) is 108 with its NUL
+
+
+def _probe_problems(spec: PoolSpec) -> list[tuple[str, str]]:
+    found = []
+    if spec.start_timeout <= 0:
+        found.append(("start_timeout", "must be longer than nothing"))
+    if spec.watchdog is not None:
+        if spec.watchdog <= 0:
+            found.append(("watchdog", "must be longer than nothing"))
+        found += [("watchdog", why) for why in _notify_problems(spec, "sd")]
+    for name, probe in (("startup", spec.startup), ("ready", spec.ready), ("live", spec.live)):
+        if probe is not None:
+            found += [(f"{name}.{key}" if key else name, why) for key, why in _one_probe_problems(spec, name, probe)]
+    if spec.startup is not None and spec.ready is not None and spec.startup.notify and spec.ready.notify:
+        found.append(("startup.notify", "a program says only once that it is ready: leave it to ready"))
+    return found
+
+
+def _notify_problems(spec: PoolSpec, how: str) -> list[str]:
+    if not spec.init:
+        return [NEEDS_INIT]
+    if how == "sd" and "mount" not in spec.namespaces:
+        return ["needs the mount namespace, in which the program finds its socket: add mount to namespaces"]
+    return []
+
+
+def _one_probe_problems(spec: PoolSpec, name: str, probe: Probe) -> list[tuple[str, str]]:
+    given = [key for key in WAYS if getattr(probe, key) is not None]
+    if len(given) != 1:
+        return [("", f"must say in one way how to ask: give one of {', '.join(WAYS)}")]
+    found = [(key, "must be longer than nothing") for key in ("every", "timeout") if getattr(probe, key) <= 0]
+    found += [(key, "must be at least 1") for key in ("failures", "successes") if (getattr(probe, key) or 1) < 1]
+    return found + [(probe.way, why) for why in _way_problems(spec, name, probe)]
+
+
+def _way_problems(spec: PoolSpec, name: str, probe: Probe) -> list[str]:
+    way = probe.way
+    value = getattr(probe, way)
+    if way in ("notify", "log") and name == "live":
+        return [f"{way} says something once, and cannot tell that it still is so: use watchdog"]
+    if way == "notify":
+        return _notify_problems(spec, value) + (["fd must be 3 or more"] if probe.fd < 3 else [])
+    if way == "log":
+        return _pattern_problems(value)
+    if way == "exec":
+        return [] if spec.init else [NEEDS_INIT]
+    if way != "unix" and "net" in spec.namespaces:
+        return ["cannot reach into a network namespace of the worker's own: use exec"]
+    return _place_problems(way, expand(value, spec.name, 0, 1))
+
+
+def _pattern_problems(pattern: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return [f"is no regular expression: {error}"]
+    return []
+
+
+def _place_problems(way: str, place: str) -> list[str]:
+    if way == "unix":
+        if not place.startswith("/"):
+            return ["must be an absolute path: start it with /"]
+        long = len(place.encode("utf-8", "surrogateescape")) > UNIX_PATH_BYTES
+        return [f"is longer than the {UNIX_PATH_BYTES} bytes that a socket's path can have"] if long else []
+    found = (URL if way == "http" else ADDRESS).fullmatch(place)
+    if found is None:
+        form = "http://ADDRESS:PORT/PATH" if way == "http" else "ADDRESS:PORT"
+        return [f"must be {form}, where ADDRESS is an IP address or localhost: the worker itself is asked"]
+    if not 1 <= int(found[2] or 80) <= 65535:
+        return ["has a port that is none: they go from 1 to 65535"]
+    return []
 
 
 def _rlimit_problems(spec: PoolSpec) -> list[tuple[str, str]]:
@@ -336,4 +430,16 @@ def spec_texts(spec: PoolSpec) -> list[tuple[str, str]]:
     texts.append(("directory", spec.directory))
     if spec.hostname is not None:
         texts.append(("hostname", spec.hostname))
-    return texts
+    return texts + _command_texts(spec)
+
+
+def _command_texts(spec: PoolSpec) -> list[tuple[str, str]]:
+    commands = [(f"stop.{i}.command", step.command) for i, step in enumerate(spec.stop)]
+    commands += [("reload.command", spec.reload.command)] if spec.reload is not None else []
+    texts = []
+    for name, probe in (("startup", spec.startup), ("ready", spec.ready), ("live", spec.live)):
+        if probe is not None:
+            commands.append((f"{name}.exec", probe.exec))
+            asked = (("http", probe.http), ("tcp", probe.tcp), ("unix", probe.unix))
+            texts += [(f"{name}.{key}", text) for key, text in asked if text is not None]
+    return texts + [(f"{key}.{i}", word) for key, command in commands for i, word in enumerate(command or ())]

@@ -230,7 +230,7 @@ class Notified(NamedTuple):
     or with a NUL inside, neither of which was read. readies: READY=1 and the newline. main_ns_pid, error: MAINPID= and
     ERRNO= as they were said: nobody has looked whether there is such a process. *_ns: CLOCK_BOOTTIME of the last one,
     0 for none. extend_us: EXTEND_TIMEOUT_USEC=, said at extend_ns. monotonic_us: MONOTONIC_USEC=, CLOCK_MONOTONIC when
-    a reload began. status: STATUS=, at most STATUS_SIZE raw bytes: who shows them takes out what steers a terminal.
+    a reload began. watchdog_us: WATCHDOG_USEC=. status: STATUS=, at most STATUS_SIZE raw bytes: who shows them takes out what steers a terminal.
     """
 
     flags: int = 0
@@ -249,6 +249,7 @@ class Notified(NamedTuple):
     extend_ns: int = 0
     monotonic_us: int = 0
     status: bytes = b""
+    watchdog_us: int = 0
 
 
 class Notify(NamedTuple):
@@ -279,7 +280,7 @@ Message = Started | Failed | Exited | Empty | State | Notify
 _STARTED = struct.Struct("<Ii")
 _FAILED = struct.Struct("<IIiI")
 _EXITED = struct.Struct("<IIiiQQQQ")
-_NOTIFIED = struct.Struct("<IIIIIIIIiiQQQQQII120s")
+_NOTIFIED = struct.Struct("<IIIIIIIIiiQQQQQII120sQ")
 _NOTIFY = struct.Struct("<II" + _NOTIFIED.format.removeprefix("<"))
 _STATE = struct.Struct("<IIIIiIiIiiQQQQ" + _NOTIFIED.format.removeprefix("<"))
 
@@ -291,8 +292,8 @@ def _fit(layout: struct.Struct, data: bytes, at: int, length: int) -> tuple[Any,
 
 
 def _notified(f: tuple[Any, ...]) -> Notified:
-    *values, status_length, _, status = f
-    return Notified._make((*values, status[:status_length]))
+    *values, status_length, _, status, watchdog_us = f
+    return Notified._make((*values, status[:status_length], watchdog_us))
 
 
 def _decode_one(kind: int, data: bytes, at: int, length: int, host_pid: int) -> Message | None:

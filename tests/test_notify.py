@@ -217,6 +217,7 @@ SAID: dict[str, tuple[bytes, Notified]] = {
     "long status of no characters": (b"STATUS=" + b"\x80" * 200, Notified(status=b"\x80" * 117)),
     "watchdog": (b"WATCHDOG=1\nWATCHDOG=1", Notified(watchdogs=2)),
     "watchdog trigger": (b"WATCHDOG=trigger", Notified(triggers=1)),
+    "another interval": (b"WATCHDOG_USEC=5000000", Notified(watchdog_us=5_000_000)),
     "more time": (b"EXTEND_TIMEOUT_USEC=30000000", Notified(extend_us=30_000_000)),
     "the longest time": (b"EXTEND_TIMEOUT_USEC=18446744073709551615", Notified(extend_us=2**64 - 1)),
     "main PID": (b"MAINPID=17", Notified(main_ns_pid=17)),

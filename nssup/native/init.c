@@ -651,6 +651,9 @@ static void take_assignment(const uint8_t *line, size_t length)
 	} else if (number_of(line, length, "MONOTONIC_USEC=", ~0ULL, &n)) {
 		self.news |= s->monotonic_us != n;
 		s->monotonic_us = n;
+	} else if (number_of(line, length, "WATCHDOG_USEC=", ~0ULL, &n)) {
+		self.news |= s->watchdog_us != n;
+		s->watchdog_us = n;
 	} else {
 		const uint8_t *text = value_of(line, &length, "STATUS=");
 		if (text)

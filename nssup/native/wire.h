@@ -179,6 +179,7 @@ struct wire_notified {
 	uint32_t status_length; /* of STATUS=, raw bytes, cut between two characters of UTF-8 */
 	uint32_t reserved;
 	uint8_t status[STATUS_SIZE];
+	uint64_t watchdog_us;   /* WATCHDOG_USEC=: the interval that it wants to be held to from now on; 0: never said */
 };
 
 struct wire_notify {
@@ -204,9 +205,9 @@ _Static_assert(sizeof(struct wire_go) == 24, "wire_go");
 _Static_assert(sizeof(struct wire_signal) == 16, "wire_signal");
 _Static_assert(sizeof(struct wire_exit) == 40, "wire_exit");
 _Static_assert(sizeof(struct wire_exited) == 48, "wire_exited");
-_Static_assert(sizeof(struct wire_notified) == 208, "wire_notified");
-_Static_assert(sizeof(struct wire_notify) == 216, "wire_notify");
-_Static_assert(sizeof(struct wire_state) == 280, "wire_state");
+_Static_assert(sizeof(struct wire_notified) == 216, "wire_notified");
+_Static_assert(sizeof(struct wire_notify) == 224, "wire_notify");
+_Static_assert(sizeof(struct wire_state) == 288, "wire_state");
 
 /* --- steps: where a launch can fail -------------------------------------------------------------------------- */
 
