@@ -126,7 +126,7 @@ class Sick(LifeInput, frozen=True):
 
 class Alive(LifeInput, frozen=True):
     """The program said something that its deadlines depend on. until: its last heartbeat is good until then, None: it
-    moves nothing; extend: seconds that it wanted from extend_at on, for whatever is being waited for. CLOCK_BOOTTIME."""
+    moves nothing; extend: seconds that it wanted from extend_at on, for whatever is being waited for."""
 
     until: float | None = None
     extend: float = 0.0

@@ -320,10 +320,10 @@ STEP = {
 }
 
 
-def _deed(value: object, keys: dict[str, Key], example: str) -> dict[str, Any]:
-    """A signal or a command, and all else that keys have."""
+def _deed(value: object, keys: dict[str, Key], example: str, instead: str = "") -> dict[str, Any]:
+    """A signal or a command, and all else that keys have. instead: what else may stand in its place."""
     if not isinstance(value, dict):
-        _fail(f"must be {example}")
+        _fail(f"must be {example}{instead}")
     values, found = convert(keys, value)
     if ("signal" in value) == ("command" in value):
         found.append(((), f"must have one of signal and command: write {example}"))
@@ -336,7 +336,7 @@ def _deed(value: object, keys: dict[str, Key], example: str) -> dict[str, Any]:
 def _step(value: object) -> dict[str, Any]:
     if value == "kill":
         return {"signal": None}
-    return {"signal": None} | _deed(value, STEP, '{ signal = "TERM", wait = "10s" } or "kill"')
+    return {"signal": None} | _deed(value, STEP, '{ signal = "TERM", wait = "10s" }', ' or "kill"')
 
 
 def _reload(value: object) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from typing import Any, Literal
 import msgspec
 from msgspec.structs import replace
 
-from nssup import __version__, adopt, clone, config, machine, plan, procfs, reexec, wire
+from nssup import __version__, adopt, clone, config, machine, notify, plan, procfs, readiness, record, reexec, wire
 from nssup.custody import Claim, Custody, Directories, Orphan, no_room, refused
 from nssup.desired import Desired
 from nssup.errors import ControlError, ExitCode, LaunchError, errno_name
 from nssup.events import (
+    Alive,
     Empty,
     Event,
     Exited,
@@ -151,6 +152,7 @@ class Supervisor:
         self._launched: asyncio.Future[None] | None = None
         self._rested: asyncio.Future[None] | None = None
         self._shutdown: asyncio.Future[None] | None = None
+        self._notify = notify.Place(None if spec is None else spec.runtime_dir)
         self._custody: Custody | None = None
         self._unnoted: str | None = None  # a worker whose next change is noted with the one after it
         self._claims: dict[str, list[Claim]] = {}  # of pools that are prepared and not added yet
@@ -189,6 +191,7 @@ class Supervisor:
             opened.push_async_callback(self.logs.close)
             self._watch = Watch(self._loop)
             opened.callback(self._watch.close)
+            opened.callback(self._notify.close)
             self._journal = self._open_journal()
             self.workers = WorkerSet(
                 self._publish, epoch=self.epoch, seed=str(self.epoch), wall=self.wall, changed=self._changed
@@ -529,7 +532,10 @@ class Supervisor:
         if spec.name in self.workers.pools or spec.name in self._prepared:
             return  # done; or the workers refuse it, and those of that name go on as they are
         account = plan.Account(*config.account(validate(spec), self._host))
-        prepared = plan.prepare(spec, account, self._environ, self._privileged, descriptors=self._descriptors)
+        told = self._told_how(spec)
+        prepared = plan.prepare(
+            spec, account, self._environ, self._privileged, notify=told, descriptors=self._descriptors
+        )
         self._claim(spec.name)
         staged = self._custody is not None and spec.init and spec.on_supervisor_death == "keep"
         processes = [process for claim in self._claims.get(spec.name, ()) for process in claim.processes]
@@ -543,6 +549,16 @@ class Supervisor:
             self.logs.close_pool(spec.name)
             raise refused(error, "open") from None
         self._prepared[spec.name] = prepared
+
+    def _told_how(self, spec: PoolSpec) -> record.Notify | None:
+        """How the pool's programs say how they are. Raises ControlError."""
+        ready_fd = readiness.ready_fd(spec)
+        if not readiness.wants_socket(spec):
+            return None if ready_fd is None else record.Notify(None, ready_fd)
+        try:
+            return record.Notify(os.fsencode(self._notify.directory()), ready_fd)
+        except OSError as error:
+            raise refused(error, "make a place for notify sockets") from None
 
     def _open_journal(self) -> Journal:
         try:
@@ -787,6 +803,23 @@ class Supervisor:
                 life.notified = message.notified
             empty = number + 1 < len(messages) and isinstance(messages[number + 1], wire.Empty)
             self._take(life, message, empty)
+            if life.notified.taken or life.notified.flags:
+                self._heed(life)
+
+    def _heed(self, life: _Life) -> None:
+        """Whatever follows from what the program has said of itself."""
+        while (worker := self.workers.workers.get(life.worker_id)) is not None:
+            if worker.generation != life.process.generation:
+                return
+            event = readiness.follows(self.workers.pools[life.pool], worker, life.notified)
+            if event is None:
+                return
+            if isinstance(event, Alive):  # which whoever comes after us hears from init
+                self._unnoted = life.worker_id
+            try:
+                self.feed(life.worker_id, event)
+            finally:
+                self._unnoted = None
 
     def _take(self, life: _Life, message: wire.Message, empty: bool) -> None:
         generation = life.process.generation

@@ -30,6 +30,8 @@ RLIMITS = {
 }
 _BASE = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8"}
 _PASSED_ON = ("PATH", "LANG", "TZ")
+# What the supervisor's own manager told it, and is a lie to anybody else.
+_NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_*", "LISTEN_*")
 _OWN = ("NSSUP_POOL", "NSSUP_INDEX", "NSSUP_ID", "NSSUP_GENERATION")  # whatever the pool says of them
 
 
@@ -47,8 +49,13 @@ def environment(spec: PoolSpec, user: User | None, inherited: Mapping[str, str])
     if user is not None:
         env |= {"HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": user.shell}
     for pattern in spec.env_inherit:
-        env |= {name: inherited[name] for name in sorted(inherited) if fnmatch.fnmatchcase(name, pattern)}
+        env |= {name: inherited[name] for name in sorted(inherited) if _matches(name, pattern)}
     return env | spec.env
+
+
+def _matches(name: str, pattern: str) -> bool:
+    hidden = any(fnmatch.fnmatchcase(name, own) for own in _NOT_PASSED_ON)
+    return fnmatch.fnmatchcase(name, pattern) and not hidden
 
 
 def namespaces_for(spec: PoolSpec, privileged: bool) -> frozenset[str]:
@@ -72,6 +79,8 @@ def prepare(
     env = environment(spec, account.user, inherited)
     if notify is not None and notify.socket is not None:
         env["NOTIFY_SOCKET"] = notify.socket.decode("utf-8", "surrogateescape")
+    if spec.watchdog is not None:
+        env["WATCHDOG_USEC"] = str(round(spec.watchdog * 1e6))
     varying = {name: value for name, value in spec.env.items() if "{" in value}  # the inherited may hold braces
     fixed = tuple(_bytes(f"{name}={value}") for name, value in env.items() if name not in {*varying, *_OWN})
     said = {"nofile": descriptors} if descriptors is not None else {}

@@ -368,7 +368,7 @@ def _way_problems(spec: PoolSpec, name: str, probe: Probe) -> list[str]:
         return [] if spec.init else [NEEDS_INIT]
     if way != "unix" and "net" in spec.namespaces:
         return ["cannot reach into a network namespace of the worker's own: use exec"]
-    return _place_problems(way, expand(value, spec.name, 0, 1))
+    return [] if unknown_fields(value) else _place_problems(way, expand(value, spec.name, 0, 1))
 
 
 def _pattern_problems(pattern: str) -> list[str]:

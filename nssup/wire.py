@@ -230,7 +230,8 @@ class Notified(NamedTuple):
     or with a NUL inside, neither of which was read. readies: READY=1 and the newline. main_ns_pid, error: MAINPID= and
     ERRNO= as they were said: nobody has looked whether there is such a process. *_ns: CLOCK_BOOTTIME of the last one,
     0 for none. extend_us: EXTEND_TIMEOUT_USEC=, said at extend_ns. monotonic_us: MONOTONIC_USEC=, CLOCK_MONOTONIC when
-    a reload began. watchdog_us: WATCHDOG_USEC=. status: STATUS=, at most STATUS_SIZE raw bytes: who shows them takes out what steers a terminal.
+    a reload began. status: STATUS=, at most STATUS_SIZE raw bytes: who shows them takes out what steers a terminal.
+    watchdog_us: WATCHDOG_USEC=.
     """
 
     flags: int = 0

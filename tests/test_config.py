@@ -422,7 +422,7 @@ def test_what_comes_later_is_refused_by_name(path: str) -> None:
 def test_what_comes_later_is_what_interface_promises() -> None:
     """The keys that people may write by the promised interface: each is there, or refused as not yet there."""
     for path in (
-        "requires startup ready live watchdog rolling recycle isolation credentials sockets reload start_timeout "
+        "requires rolling recycle isolation credentials sockets "
         "limits.memory limits.cpu limits.pids limits.io limits.oom restart.intensity restart.rules log.size log.age log.keep "
         "log.total log.compress log.fsync log.multiline log.rate log.sink log.overflow log.on_error"
     ).split():

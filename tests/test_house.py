@@ -23,7 +23,7 @@ ROWS = [
     "machine restart deps rollout schedule adopt lines config diff render selection plan openapi access audit readiness",
     "workers",
     "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
-    "snapshot logfile follower framing journal desired systemd reexec",
+    "snapshot logfile follower framing journal desired systemd reexec notify",
     "loop sim pipes hub",
     "process foreground http operation",
     "api executor tasks",
