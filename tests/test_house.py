@@ -20,7 +20,8 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 ROWS = [
     "errors units locate verbs",
     "spec events record wire keys document envfile handover",
-    "machine restart deps rollout schedule adopt lines config diff render selection plan openapi access audit readiness",
+    "machine restart deps rollout schedule adopt lines config diff render selection plan openapi access audit "
+    "readiness",
     "workers",
     "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
     "snapshot logfile follower framing journal desired systemd reexec notify",
