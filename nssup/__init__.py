@@ -8,25 +8,34 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False  # typing's own costs 10 ms
 if TYPE_CHECKING:
     from nssup.errors import ControlError, ImpossibleEvent, LaunchError, NssupError, SpecError
-    from nssup.events import Event, Exit
-    from nssup.loop import Supervisor
+    from nssup.events import Event, Exit, State
+    from nssup.lines import Record
+    from nssup.pools import Events, EventsLost, Logs, Pool, PoolFailed, Supervisor, Worker
     from nssup.process import Process, Result, RunFailed, RunTimeout, launch, run
     from nssup.spec import PoolSpec
 
 _HOMES = {
     "ControlError": "errors",
     "Event": "events",
+    "Events": "pools",
+    "EventsLost": "pools",
     "Exit": "events",
     "ImpossibleEvent": "errors",
     "LaunchError": "errors",
+    "Logs": "pools",
     "NssupError": "errors",
+    "Pool": "pools",
+    "PoolFailed": "pools",
     "PoolSpec": "spec",
     "Process": "process",
+    "Record": "lines",
     "Result": "process",
     "RunFailed": "process",
     "RunTimeout": "process",
     "SpecError": "errors",
-    "Supervisor": "loop",
+    "State": "events",
+    "Supervisor": "pools",
+    "Worker": "pools",
     "launch": "process",
     "run": "process",
 }
@@ -34,17 +43,25 @@ _HOMES = {
 __all__ = [
     "ControlError",
     "Event",
+    "Events",
+    "EventsLost",
     "Exit",
     "ImpossibleEvent",
     "LaunchError",
+    "Logs",
     "NssupError",
+    "Pool",
+    "PoolFailed",
     "PoolSpec",
     "Process",
+    "Record",
     "Result",
     "RunFailed",
     "RunTimeout",
     "SpecError",
+    "State",
     "Supervisor",
+    "Worker",
     "__version__",
     "launch",
     "run",

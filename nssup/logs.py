@@ -41,6 +41,7 @@ HIGH = 8 * 1024 * 1024  # bytes of records a pool may have waiting for its file
 WRITE = 1024 * 1024  # bytes of records in one write, about
 SCAN = 64 * 1024 * 1024  # bytes of a file searched for its last records
 LAST = 256 * 1024  # the same, where the loop waits for it
+RECENT = 16 * 1024  # bytes of records of a worker that are remembered where there is no file
 # Of one staging memory. Half as many bytes of empty lines are still no more than some 40 MB of records.
 LAYOUT = Layout(streams=256, half=256 * 1024)
 STREAMS = ("stdout", "stderr")
@@ -155,6 +156,15 @@ class _Pool:
         self.places: dict[tuple[str, int], Staging] = {}  # of lives that are launched and not attached yet
         self.reserved: Counter[Staging] = Counter()
         self.last_wall = 0.0
+        self.recent: dict[str, bytes] = {}  # worker id -> its last records, where there is no file to read them from
+
+    def keep(self, chunk: _Chunk) -> None:
+        """For last_records, where there is no file."""
+        if chunk.life is not None:
+            records = self.recent.get(chunk.life.worker_id, b"") + chunk.records
+            if len(records) > RECENT:
+                records = records[records.find(b"\n", len(records) - RECENT) + 1 :]
+            self.recent[chunk.life.worker_id] = records
 
     def wall(self, now: float) -> float:
         """now, but never before what is staged or in the log already."""
@@ -596,6 +606,7 @@ class LogHub:
         for follower in tuple(self._followers):
             follower.offer(pool.name, chunk.life.worker_id if chunk.life else None, chunk.records)
         if pool.file is None:
+            pool.keep(chunk)
             return
         pool.waiting.append(chunk)
         pool.size += len(chunk.records)
@@ -806,11 +817,14 @@ class LogHub:
             return await self._loop.run_in_executor(self._writer(), last_records, *wanted)
 
     def last_records(self, worker_id: str, n: int) -> list[bytes]:
-        """The last n records of one worker, at once: the loop waits, so only the last LAST bytes of its file count."""
+        """The last n records of one worker, at once: the loop waits, so only the last LAST bytes of its file count, or
+        RECENT bytes where there is no file."""
         pool = self._pools.get(worker_id.partition("/")[0])
-        if pool is None or pool.file is None:
+        if pool is None:
             return []
         workers = (worker_id,)
+        if pool.file is None:
+            return pick_last(reversed(pool.recent.get(worker_id, b"").split(b"\n")[:-1]), n, workers)
         recent = pick_last(_unwritten(pool), n, workers)
         return last_records(pool.file.path, pool.file.size, n - len(recent), workers, LAST) + recent
 

@@ -30,7 +30,8 @@ from nssup.facts import Host
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from nssup import Event, Supervisor
+    from nssup import Event
+    from nssup.loop import Supervisor
 
 NSSUP = (sys.executable, "-m", "nssup")
 PATIENCE = 20.0  # seconds until something that should happen has failed to

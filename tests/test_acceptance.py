@@ -26,8 +26,9 @@ from live import (
     status_field,
 )
 
-from nssup import PoolSpec, Supervisor
+from nssup import PoolSpec
 from nssup.events import Stop
+from nssup.loop import Supervisor
 from nssup.spec import RestartPolicy, StopStep
 
 if TYPE_CHECKING:

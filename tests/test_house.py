@@ -27,7 +27,7 @@ ROWS = [
     "snapshot logfile follower framing journal desired systemd reexec notify",
     "loop sim pipes hub",
     "process foreground http operation",
-    "api executor tasks",
+    "api executor tasks pools",
     "desk",
     "seeing doing following",
     "routes",

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from live import PATIENCE, PidNamespaces, Witness, namespace_pids, needs_namespaces, wait_readable
 
-from nssup import ControlError, PoolSpec, SpecError, Supervisor
+from nssup import ControlError, PoolSpec, SpecError
 from nssup.events import Kill, Restart, Start, State, Stop
-from nssup.loop import LAUNCHES_PER_TURN
+from nssup.loop import LAUNCHES_PER_TURN, Supervisor
 from nssup.spec import Backoff, LogSpec, RestartPolicy, StopStep, SupervisorSpec
 
 if TYPE_CHECKING:
