@@ -13,7 +13,7 @@ from live import PATIENCE, needs_namespaces
 from test_config import pool, wrong_pool
 from test_machine import CODE_0, Story, running, web
 
-from nssup import Supervisor, readiness
+from nssup import readiness
 from nssup.errors import SpecError
 from nssup.events import (
     Alive,
@@ -30,6 +30,7 @@ from nssup.events import (
     Tick,
     Unready,
 )
+from nssup.loop import Supervisor
 from nssup.machine import KillTree, RunCommand, SignalMain
 from nssup.spec import PoolSpec, Probe, Reload, RestartPolicy, StopStep, validate
 from nssup.wire import Flag, Notified
