@@ -25,6 +25,8 @@ from nssup.loop import Supervisor
 from nssup.spec import Backoff, PoolSpec, RestartPolicy, StopStep
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from nssup import record
 
 pytestmark = needs_root
@@ -33,27 +35,45 @@ PROGRAM = Path(takeover.__file__)
 PARTS = 2
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, Any]:
-    """Name of a case -> what came of it. All are run at the first that is asked for, some at a time."""
-    running = [
-        subprocess.Popen([sys.executable, PROGRAM, "points", "--part", f"{part}/{PARTS}"], stdout=subprocess.PIPE)
-        for part in range(PARTS)
-    ]
-    try:
-        lines = [line for process in running for line in process.communicate(timeout=55)[0].splitlines()]
-    finally:
-        for process in running:
+class Outcomes:
+    """What came of the cases, as they come: some run at a time."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[str, Any]] = {}
+        self._running = [
+            subprocess.Popen([sys.executable, PROGRAM, "points", "--part", f"{part}/{PARTS}"], stdout=subprocess.PIPE)
+            for part in range(PARTS)
+        ]
+        self._turns = {name: self._running[at % PARTS] for at, name in enumerate(takeover.cases())}
+
+    def of(self, name: str) -> dict[str, Any]:
+        """Waits for that one."""
+        stdout = self._turns[name].stdout
+        assert stdout is not None
+        while name not in self._found:
+            line = stdout.readline()
+            assert line, "it was not come to"
+            outcome = json.loads(line)
+            self._found[outcome["name"]] = outcome
+        return self._found[name]
+
+    def close(self) -> None:
+        for process in self._running:
             process.kill()
-            process.wait()
-    found = map(json.loads, lines)
-    return {outcome["name"]: outcome for outcome in found}
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[Outcomes]:
+    """All are run at the first that is asked for."""
+    running = Outcomes()
+    yield running
+    running.close()
 
 
 @pytest.mark.parametrize("name", takeover.cases())
-def test_the_next_one_takes_everything_over(name: str, outcomes: dict[str, Any]) -> None:
-    assert name in outcomes, "it was not come to"
-    assert outcomes[name]["wrong"] == []
+def test_the_next_one_takes_everything_over(name: str, outcomes: Outcomes) -> None:
+    assert outcomes.of(name)["wrong"] == []
 
 
 def run(*words: str) -> str:
