@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Container
 
 from nssup.lines import mark
-from nssup.logfile import timestamp
+from nssup.logread import timestamp
 
 
 class Follower:
@@ -35,16 +35,22 @@ class Follower:
         self._reader: asyncio.Future[None] | None = None
         self.missed = 0  # bytes of records cut so far
 
-    def offer(self, pool: str, worker_id: str | None, records: bytes) -> None:
-        """Records of a pool's worker, or of no worker; taken if they are asked for."""
+    def follows(self, pool: str) -> bool:
+        """Whether any records of that pool's workers are asked for."""
+        return self._pools is None or pool in self._pools
+
+    def offer(self, pool: str, worker_id: str | None, records: bytes, size: int) -> None:
+        """Records of a pool's worker, or of no worker, of that many bytes; taken if they are asked for, and all are
+        here."""
         if (worker_id is None) if self._pools is None else (pool not in self._pools):
             return
         if self._workers is not None and (worker_id is None or worker_id not in self._workers):
             return
-        if self._chunks and self._size + len(records) > self._limit:
-            self._cut += len(records)
-            self.missed += len(records)
+        if len(records) < size or (self._chunks and self._size + size > self._limit):
+            self._cut += size
+            self.missed += size
             self._cut_ts = timestamp(records)
+            self._wake()
             return
         self._mark_cut()
         self._chunks.append(records)

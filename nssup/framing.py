@@ -25,11 +25,16 @@ _ROOM = 160 * 1024  # what a single record may need: lines.PART bytes of it, eac
 class Sheet:
     """size: how much of its memory is filled."""
 
-    __slots__ = ("memory", "size")
+    __slots__ = ("_fill", "memory", "size")
 
     def __init__(self, fill: int = FILL) -> None:
+        self._fill = fill
         self.memory = bytearray(fill + _ROOM)
         self.size = 0
+
+    def is_full(self) -> bool:
+        """Whether it is time to write it."""
+        return self.size >= self._fill
 
 
 class PlainFramer(lines.Framer):

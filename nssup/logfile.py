@@ -1,4 +1,4 @@
-"""One file of records: appended to off the loop, and read back from its end.
+"""One file of records, appended to off the loop.
 
 A regular file and nothing else, never through a symbolic link. What an error tears is mended, so that every line but
 perhaps the one before a marked gap is a whole record.
@@ -11,29 +11,27 @@ import io
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
-from aiofiles.threadpool import wrap
+import msgspec
+from aiofiles.base import AsyncBase
+from aiofiles.threadpool.utils import delegate_to_executor
 
 from nssup.errors import errno_name
+from nssup.framing import Sheet
 from nssup.lines import mark
+from nssup.logread import is_record, read_end, timestamp
 
-BLOCK = 64 * 1024  # bytes of a file looked at at once, from its end
-LONGEST = 256 * 1024  # bytes of a record: more is none of ours
+if TYPE_CHECKING:
+    from nssup.staging import Batch, Part
+
 FILE_MODE = 0o640
 DIRECTORY_MODE = 0o750
 
-_START = b'{"ts":"'
-_TS = slice(len(_START), len(_START) + 27)
-_WORKER = _TS.stop + len(b'","worker":')
-
-
-def timestamp(records: bytes) -> str:
-    """The `ts` of the first of records, which all begin with it."""
-    return records[_TS].decode()
+_HEAD = 40  # bytes of a record, with its `ts`
 
 
 class _Opened(NamedTuple):
@@ -57,26 +55,12 @@ def _open_log(path: Path) -> _Opened:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        end = _read_end(path, status.st_size)
+        end = read_end(path, status.st_size)
     except BaseException:
         os.close(fd)
         raise
     records = [line for line in end.split(b"\n")[:-1] if is_record(line)]
     return _Opened(fd, status.st_size, end[-1:] not in (b"", b"\n"), timestamp(records[-1]) if records else "")
-
-
-def _read_end(path: Path, size: int) -> bytes:
-    if not size:
-        return b""
-    fd = _open_for_reading(path)
-    try:
-        return os.pread(fd, BLOCK, max(size - BLOCK, 0))
-    finally:
-        os.close(fd)
-
-
-def _open_for_reading(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _make_directory(path: Path) -> None:
@@ -89,80 +73,214 @@ def _make_directory(path: Path) -> None:
     path.chmod(DIRECTORY_MODE)
 
 
+class _Offset(msgspec.Struct):
+    offset: int
+
+
+_decode_offset = msgspec.json.Decoder(_Offset).decode
+
+
+def first_lost(start: int, records: bytes | memoryview, kept: int) -> int:
+    """Where in its stream the part of records, which begin at start of it, begins that comes after their first kept
+    bytes: those are whole records, and not all."""
+    if not kept:
+        return start
+    rest = bytes(records[kept:])
+    return _decode_offset(rest[: rest.index(b"\n")]).offset
+
+
+class Copy(NamedTuple):
+    """Records of a batch for those who follow. size: of them all; fewer bytes are here where they are too many."""
+
+    stream: int
+    records: bytes
+    size: int
+
+
+class Written(NamedTuple):
+    """What became of a batch. marks: how many bytes of the marks before it are in the file. size: the same of its
+    records. lost: bytes of each stream that are not, because of error."""
+
+    marks: int
+    size: int
+    error: OSError | None
+    lost: Counter[int]
+    copies: list[Copy]
+
+
+class RecordFile:
+    """One file, appended to. Its methods are called one at a time, in whatever thread. size: what is in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self.last_ts = ""
+        self._file: io.FileIO | None = None
+        self._torn = False  # the file ends in the middle of a line
+
+    def open(self) -> io.FileIO:
+        """Raises OSError."""
+        if self._file is None:
+            opened = _open_log(self.path)
+            self.size, self._torn, self.last_ts = opened.size, opened.torn, opened.last_ts
+            self._file = io.FileIO(opened.fd, "ab")
+        return self._file
+
+    def append(self, data: bytes | memoryview) -> tuple[int, OSError | None]:
+        """Writes data, which is whole lines. Says how much of it, again in whole lines, is in the file now, and what
+        stopped it. A line torn by an error is cut off the file, or, where that fails too, ended before the next."""
+        head, done = b"", 0
+        try:
+            file = self.open()
+            if self._torn:
+                head = b"\n"
+                data = head + data
+            with memoryview(data) as view:
+                while done < len(view):
+                    done += file.write(view[done:])
+        except OSError as error:
+            return self._mend(bytes(data[:done]), len(head)), error
+        self._torn = False
+        self.size += done
+        return done - len(head), None
+
+    def _mend(self, written: bytes, head: int) -> int:
+        """After these bytes, of which the first head are not the caller's: how many of the caller's stay."""
+        done, whole = len(written), written.rfind(b"\n") + 1
+        if whole:
+            self._torn = False
+        if done > whole:
+            self._torn = not self._cut(done - whole)
+        self.size += done if self._torn else whole
+        return max(whole - head, 0)
+
+    def _cut(self, count: int) -> bool:
+        """Takes the last count bytes off the file."""
+        assert self._file is not None
+        try:
+            end = self._file.seek(0, os.SEEK_END)
+            if end < count:
+                return False  # somebody has emptied it meanwhile
+            self._file.truncate(end - count)
+        except OSError:
+            return False
+        return True
+
+    def append_batch(self, batch: "Batch", sheet: Sheet, marks: bytes, most: int) -> Written:
+        """Writes marks and then a batch of staged bytes, its intent noted where its own records begin, sheet by sheet.
+
+        The batch can be committed afterwards, whatever became of it. most: bytes of its records to be copied.
+        """
+        size, lost, copies = 0, Counter[int](), list[Copy]()
+        marked, error = self.append(marks) if marks else (0, None)
+        if error is None:
+            error = self._begin(batch)
+        for parts in batch.sheets(sheet):
+            kept = 0
+            with memoryview(sheet.memory) as view:
+                if error is None:
+                    kept, error = self.append(view[: sheet.size])
+                    size += kept
+                if error is not None:
+                    lost.update(_lost(parts, view, kept))
+                if most:
+                    copies += _copies(parts, view, most)
+                    most = max(most - sheet.size, 1)
+        return Written(marked, size, error, lost, copies)
+
+    def _begin(self, batch: "Batch") -> OSError | None:
+        """Notes where the batch goes: behind a last line that is whole. Not yet, where that cannot be had."""
+        try:
+            if self._torn or self._file is None:
+                _, error = self.append(b"")
+                if error is not None:
+                    return error
+            batch.begin(os.fstat(self.open().fileno()))
+        except OSError as error:
+            return error
+        return None
+
+    def close(self) -> None:
+        """A disk that fails now has failed before."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+def _lost(parts: "list[Part]", records: memoryview, kept: int) -> Counter[int]:
+    """Bytes of each stream whose records are not among the first kept bytes of a sheet."""
+    lost, begin = Counter[int](), 0
+    for stream, start, stop, end in parts:
+        if end > kept:
+            lost[stream] += stop - first_lost(start, records[begin:end], max(kept - begin, 0))
+        begin = end
+    return lost
+
+
+def _copies(parts: "list[Part]", records: memoryview, most: int) -> list[Copy]:
+    """The records of a sheet, of which the first most bytes are copied whole, and of the rest only their times."""
+    copies, begin = [], 0
+    for part in parts:
+        size = part.end - begin
+        copies.append(Copy(part.stream, bytes(records[begin : begin + (size if part.end <= most else _HEAD)]), size))
+        begin = part.end
+    return copies
+
+
+@delegate_to_executor("append", "append_batch", "close")
+class _OffLoop(AsyncBase):  # type: ignore[type-arg]  # it is generic in its stubs only
+    """A RecordFile as aiofiles has files: its methods run on the executor."""
+
+    if TYPE_CHECKING:
+
+        async def append(self, data: bytes | memoryview) -> tuple[int, OSError | None]: ...
+        async def append_batch(self, batch: Batch, sheet: Sheet, marks: bytes, most: int) -> Written: ...
+        async def close(self) -> None: ...
+
+
 class LogFile:
-    """One file, appended to. Its methods are called one at a time."""
+    """A RecordFile, off the loop. size and last_ts are as of the last call that has returned."""
 
     def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, executor: Callable[[], ThreadPoolExecutor]) -> None:
+        """executor: makes it if need be, with a single thread."""
         self.path = path
         self.size = 0
         self.last_ts = ""
         self._loop = loop
         self._executor = executor
-        self._file: Any = None
-        self._torn = False  # the file ends in the middle of a line
+        self._records = RecordFile(path)
+        self._off_loop: _OffLoop | None = None
 
     def open(self) -> None:
-        """Raises OSError."""
-        if self._file is None:
-            self._executor()  # if there is none to be had, nothing is made
-            self._adopt(_open_log(self.path))
+        """At once. Raises OSError."""
+        self._off()  # if there is no thread to be had, nothing is made
+        self._records.open()
+        self._note()
 
-    def _adopt(self, opened: _Opened) -> None:
-        self.size, self._torn, self.last_ts = opened.size, opened.torn, opened.last_ts
-        self._file = wrap(io.FileIO(opened.fd, "ab"), loop=self._loop, executor=self._executor())
+    def _off(self) -> _OffLoop:
+        if self._off_loop is None:
+            self._off_loop = _OffLoop(cast("BinaryIO", self._records), self._loop, self._executor())
+        return self._off_loop
+
+    def _note(self) -> None:
+        self.size, self.last_ts = self._records.size, self._records.last_ts
 
     async def append(self, data: bytes) -> tuple[int, OSError | None]:
-        """Writes data, which is whole lines. Says how much of it, again in whole lines, is in the file now, and what
-        stopped it. A line torn by an error is cut off the file, or, where that fails too, ended before the next."""
-        head, done = b"", 0
-        try:
-            if self._file is None:
-                self._adopt(await self._loop.run_in_executor(self._executor(), _open_log, self.path))
-            head = b"\n" if self._torn else b""
-            view = memoryview(head + data)
-            while done < len(view):
-                done += await self._file.write(view[done:])
-        except OSError as error:
-            return await self._mend(head, data, done), error
-        self._torn = False
-        self.size += done
-        return len(data), None
+        """RecordFile.append."""
+        answer = await self._off().append(data)
+        self._note()
+        return answer
 
-    async def status(self) -> os.stat_result | OSError:
-        """What the file is, opened and with its last line whole; or why it cannot be had."""
-        if self._file is None or self._torn:
-            _, error = await self.append(b"")
-            if error is not None:
-                return error
-        return os.fstat(self._file.fileno())
-
-    async def _mend(self, head: bytes, data: bytes, done: int) -> int:
-        """After done bytes of head and data, which is how much of data stays."""
-        whole = (head + data).rfind(b"\n", 0, done) + 1
-        if whole:
-            self._torn = False
-        if done > whole:
-            self._torn = not await self._cut(done - whole)
-        self.size += done if self._torn else whole
-        return max(whole - len(head), 0)
-
-    async def _cut(self, count: int) -> bool:
-        """Takes the last count bytes off the file."""
-        try:
-            end = await self._file.seek(0, os.SEEK_END)
-            if end < count:
-                return False  # somebody has emptied it meanwhile
-            await self._file.truncate(end - count)
-        except OSError:
-            return False
-        return True
+    async def append_batch(self, batch: "Batch", sheet: Sheet, marks: bytes, most: int) -> Written:
+        """RecordFile.append_batch."""
+        answer = await self._off().append_batch(batch, sheet, marks, most)
+        self._note()
+        return answer
 
     async def close(self) -> None:
-        """A disk that fails now has failed before."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            with contextlib.suppress(OSError):
-                await file.close()
+        """RecordFile.close."""
+        await self._off().close()
 
 
 class Outage:
@@ -185,54 +303,3 @@ class Outage:
         """The first count marks are in the log."""
         for life in list(self.missing)[:count]:
             del self.missing[life]
-
-
-def is_record(line: bytes) -> bool:
-    return line.startswith(_START) and line.endswith(b"}")
-
-
-def _belongs(line: bytes, workers: Container[str] | None) -> bool:
-    if workers is None:
-        return True
-    return line[_WORKER + 1 : line.find(b'"', _WORKER + 1)].decode(errors="replace") in workers
-
-
-def pick_last(lines: Iterable[bytes], n: int, workers: Container[str] | None) -> list[bytes]:
-    """Of lines, which come last first, the n last that are records of these workers, in the right order."""
-    found: list[bytes] = []
-    for line in lines:
-        if len(found) >= n:
-            break
-        if is_record(line) and _belongs(line, workers):
-            found.append(line + b"\n")
-    found.reverse()
-    return found
-
-
-def last_records(path: Path, size: int, n: int, workers: Container[str] | None, limit: int) -> list[bytes]:
-    """The last n records within the first size bytes of a file, of which the last limit are looked at; [] where it
-    cannot be read."""
-    try:
-        fd = _open_for_reading(path)
-    except OSError:
-        return []
-    try:
-        return pick_last(_lines_from_end(fd, min(size, os.fstat(fd).st_size), limit), n, workers)
-    except OSError:
-        return []
-    finally:
-        os.close(fd)
-
-
-def _lines_from_end(fd: int, end: int, limit: int) -> Iterator[bytes]:
-    rest = b""
-    floor = max(end - limit, 0)
-    while end > floor:
-        start = max(end - BLOCK, floor)
-        rest, *lines = (os.pread(fd, end - start, start) + rest).split(b"\n")
-        yield from reversed(lines)
-        if len(rest) > LONGEST:
-            rest = b""
-        end = start
-    if not floor:
-        yield rest

@@ -31,13 +31,17 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from nssup import handover
+from nssup.framing import Framer, Sheet
 from nssup.handover import DATA, END, Entry, Layout, StagingError, State
-from nssup.lines import Framer, Record, stamp
+from nssup.lines import Record, stamp
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _MFD_NOEXEC_SEAL = 0x0008
 _STREAMS = ("stdout", "stderr")
@@ -59,25 +63,21 @@ class Chunk(NamedTuple):
     records: bytes
 
 
+class Part(NamedTuple):
+    """The same on a sheet. end: where there its records end; they begin where those of the part before end."""
+
+    stream: int
+    start: int
+    stop: int
+    end: int
+
+
 class Intent(NamedTuple):
     """Where a batch goes. size: of the log before the batch's first record."""
 
     device: int
     inode: int
     size: int
-
-
-class _Framer(Framer):
-    """A framer that goes on where another one stood."""
-
-    __slots__ = ()
-
-    def resume(self, state: State) -> None:
-        self.offset, self._held, self._cut = state.offset, state.held, state.cut
-
-    def reached(self, *, ended: bool) -> tuple[int, bytes, bool, bool]:
-        """The last fields of a State."""
-        return self.offset, self._held, self._cut, ended
 
 
 class _Stream:
@@ -87,7 +87,7 @@ class _Stream:
         self.state = state
         self.which = which  # of its two versions, the one that counts
         self.ending = state.ended  # as far as staged; state.ended: as far as committed
-        self.framer = _Framer(f"{pool}/{state.worker}", state.generation, _STREAMS[state.stream])
+        self.framer = Framer(f"{pool}/{state.worker}", state.generation, _STREAMS[state.stream])
 
 
 class Batch:
@@ -100,26 +100,49 @@ class Batch:
         self._stop = stop
         self._reached: dict[int, tuple[int, bytes, bool, bool]] | None = None
 
-    def records(self) -> Iterator[Chunk]:
-        """The batch's records in order, one chunk an entry: the same each time, until `commit`."""
-        streams, taken = self._staging.streams, self._staging.taken
+    def sheets(self, sheet: Sheet) -> Iterator[list[Part]]:
+        """Fills the sheet again and again with the batch's records, in order, and says whose they are: the same each
+        time, until `commit`. May run in another thread."""
+        streams, memory = self._staging.streams, self._staging.memory
         framed: dict[int, bool] = {}  # streams, and whether they have ended
         last_wall, ts = -1.0, ""
+        parts: list[Part] = []
+        sheet.size = 0
         stops = [*[entry.start for entry in self.entries[1:]], self._stop]
         for (number, kind, start, wall), stop in zip(self.entries, stops, strict=True):
             stream = streams[number]
             framer, state = stream.framer, stream.state
             if number not in framed:
-                framer.resume(state)
+                framer.resume(state.offset, state.held, state.cut)
+            framed[number] = kind == END
             if wall != last_wall:
                 last_wall, ts = wall, stamp(wall)
-            offset = framer.offset
             who = ts, state.host_pid or None, state.ns_pid or None
-            records = framer.feed(taken(start, stop), *who) if kind == DATA else framer.end(*who)
-            framed[number] = kind == END
-            if records:
-                yield Chunk(number, offset, framer.offset, records)
-        self._reached = {number: streams[number].framer.reached(ended=ended) for number, ended in framed.items()}
+            at, done = start, False
+            while not done:
+                offset, size = framer.offset, sheet.size
+                if kind == DATA:
+                    at = framer.fill(sheet, memory, at, stop, *who)
+                    done = at == stop
+                else:
+                    done = framer.finish(sheet, *who)
+                if sheet.size > size:
+                    parts.append(Part(number, offset, framer.offset, sheet.size))
+                if not done or sheet.is_full():
+                    yield parts
+                    parts, sheet.size = [], 0
+        if parts:
+            yield parts
+        self._reached = {number: (*streams[number].framer.reached(), ended) for number, ended in framed.items()}
+
+    def records(self) -> Iterator[Chunk]:
+        """The same as bytes, in chunks."""
+        sheet = Sheet()
+        for parts in self.sheets(sheet):
+            at = 0
+            for stream, start, stop, end in parts:
+                yield Chunk(stream, start, stop, bytes(sheet.memory[at:end]))
+                at = end
 
     @property
     def intent(self) -> Intent | None:
@@ -135,7 +158,7 @@ class Batch:
         self._staging.begin(self, None)
 
     def commit(self) -> None:
-        """All of `records`, read to their end, are in the log or given up: the half is free."""
+        """All of the records, made to their end, are in the log or given up: the half is free."""
         if self._reached is None:
             raise RuntimeError("commit before all records of the batch were made")
         streams = self._staging.streams
@@ -267,9 +290,10 @@ class Staging:
                 self.streams[entry.stream].ending = True
         return entries
 
-    def taken(self, start: int, stop: int) -> bytes:
-        """Staged bytes."""
-        return self._map[start:stop]
+    @property
+    def memory(self) -> "ReadableBuffer":
+        """All of it."""
+        return self._map
 
     # --- streams -------------------------------------------------------------------------------------------------
 

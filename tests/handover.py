@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from nssup import handover, lines, staging
+from nssup import framing, handover, lines, logfile, staging
+from nssup.framing import Sheet
 from nssup.handover import Layout
 from nssup.staging import Full, Staging
 
@@ -203,6 +204,21 @@ class Supervisor:
             self.take()
         return writing.result()
 
+    def append_as_the_hub(self, batch: staging.Batch) -> None:
+        """Sheet by sheet, in the file's own code; more may be taken from the pipes meanwhile."""
+        self.note("append")
+        file = logfile.RecordFile(self.path)
+        job = (batch, Sheet(self.chance.choice((1, 5000, 1 << 20))), b"", 0)
+        if self.writer is None:
+            written = file.append_batch(*job)
+        else:
+            writing = self.writer.submit(file.append_batch, *job)
+            self.take()
+            written = writing.result()
+        file.close()
+        if written.error is not None:
+            raise Wrong(f"the log cannot be written: {written.error}")
+
     def one_pass(self) -> bool:
         """Whether there may be more to do."""
         busy = self.take()
@@ -212,10 +228,13 @@ class Supervisor:
             return busy
         self.note("begin")
         batch.begin(os.fstat(self.log))
-        for chunk in batch.records():
-            left = memoryview(chunk.records)
-            while left:
-                left = left[self.append(left[: self.chance.randrange(1, 6000)]) :]
+        if self.chance.random() < 0.5:
+            self.append_as_the_hub(batch)
+        else:
+            for chunk in batch.records():
+                left = memoryview(chunk.records)
+                while left:
+                    left = left[self.append(left[: self.chance.randrange(1, 6000)]) :]
         self.note("settle")
         if self.chance.random() < 0.3:
             self.take()
@@ -249,7 +268,7 @@ def rotate(path: Path) -> None:
 
 def kill_before(instant: int, ran: Callable[[int], None]) -> Callable[[FrameType, str, object], object]:
     """A trace function that kills the process before so many bytecodes of the code under test have run."""
-    ours = {handover.__file__, staging.__file__, __file__}
+    ours = {handover.__file__, staging.__file__, logfile.__file__, framing.__file__, __file__}
     me = os.pidfd_open(os.getpid())
     left = instant
 

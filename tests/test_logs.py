@@ -12,16 +12,16 @@ import stat
 import termios
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import pytest
 
-from nssup import lines, logfile, logs
+from nssup import intake, lines, logfile, logpool
 from nssup.logs import LogHub
 
 if TYPE_CHECKING:
+    import io
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from pathlib import Path
 
@@ -263,7 +263,7 @@ async def test_many_small_writers_cost_one_pass(hub: LogHub) -> None:
     for writer in writers:
         writer.write(b"a line\n")
     await seen(follower, 50 * 7)
-    assert hub.counters.passes == 1
+    assert hub._intake.passes == 1
     assert hub.counters.reads == 50
     for writer, life in zip(writers, lives, strict=True):
         writer.close()
@@ -276,14 +276,14 @@ async def test_at_rest_there_is_no_timer_and_no_pass(hub: LogHub) -> None:
     follower = hub.follow()
     writer.write(b"a line\n")
     await anext(follower)
-    await until(lambda: hub._timer is None, hub)
-    passes = hub.counters.passes
+    await until(lambda: hub._intake.at_rest, hub)
+    passes = hub._intake.passes
     assert passes == 2  # the second found it dry
     await turns(100)
-    assert hub.counters.passes == passes
+    assert hub._intake.passes == passes
     writer.write(b"another\n")
     await anext(follower)
-    assert hub.counters.passes == passes + 1
+    assert hub._intake.passes == passes + 1
     writer.close()
     hub.drain(life)
 
@@ -318,14 +318,14 @@ async def test_a_slow_disk_holds_its_own_workers_only(
     thread = writer.write_all_and_close(stream)
     pool = hub._pools["web"]
     await until(lambda: bool(pool.blocked), hub)
-    assert logs.HIGH < pool.size < logs.HIGH + 3 * logs.READ
+    assert logpool.HIGH < pool.size < logpool.HIGH + 3 * intake.SHARE
     # A pipe full of data is left alone, and wakes nobody.
-    await until(lambda: hub._timer is None, hub)
-    await until(lambda: waiting(writer.read_end) == 65536, hub)
-    await until(lambda: hub._timer is None, hub)
-    passes = hub.counters.passes
+    await until(lambda: hub._intake.at_rest, hub)
+    await until(lambda: waiting(writer.read_end) == life.pipes[0].size, hub)
+    await until(lambda: hub._intake.at_rest, hub)
+    passes = hub._intake.passes
     await turns(200)
-    assert hub.counters.passes == passes
+    assert hub._intake.passes == passes
     # Others are read meanwhile.
     hub.open_pool("db")
     other = Writer()
@@ -334,7 +334,7 @@ async def test_a_slow_disk_holds_its_own_workers_only(
     other.write(b"here\n").close()
     assert [record.msg for record in await seen(follower, 5)] == ["here"]
     gate.open()
-    await until(lambda: not life._pipes, hub)
+    await until(lambda: not life.pipes, hub)
     hub.drain(life)
     hub.drain(neighbour)
     await hub.flush()
@@ -375,7 +375,7 @@ async def test_draining_is_not_held_by_an_end_outside(hub: LogHub, tmp_path: Pat
     thread.start()
     try:
         hub.drain(life)
-        assert hub.counters.bytes_read <= 65536 + logs.READ
+        assert hub.counters.bytes_read <= 65536 + intake.SHARE
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(writer.read_end)
     finally:
@@ -392,8 +392,8 @@ async def test_a_worker_that_closes_its_output_lives_on(hub: LogHub, tmp_path: P
     assert [record.nl for record in await seen(follower, 10)] == [False]
     err.write(b"not quite\n").close()
     assert [record.msg for record in await seen(follower, 10)] == ["not quite"]
-    await until(lambda: not life._pipes, hub)
-    assert hub._pipes == {}
+    await until(lambda: not life.pipes, hub)
+    assert hub._intake.pipes == {}
     hub.drain(life)
 
 
@@ -405,7 +405,7 @@ async def test_a_shared_read_end_leaves_no_registration(hub: LogHub) -> None:
     hub.drain(life)
     writer.write(b"nobody reads this\n")
     await turns(10)
-    assert hub.counters.passes == 0
+    assert hub._intake.passes == 0
     os.close(kept)
     writer.close()
 
@@ -488,7 +488,7 @@ async def test_time_never_goes_back_within_a_file(tmp_path: Path) -> None:
         for _ in range(3):
             writer.write(b"line\n")
             await anext(follower)
-            await until(lambda: hub._timer is None or not hub._ready, hub)
+            await until(lambda: hub._intake.at_rest or not hub._intake._ready, hub)
         writer.close()
         hub.drain(life)
     seconds = [record.ts[17:19] for record in records(tmp_path / "web.jsonl")]
@@ -576,7 +576,7 @@ class FailingFile:
         self.room, self.fixed, self.most = room, fixed, most
         self.content = b""
 
-    async def write(self, data: memoryview) -> int:
+    def write(self, data: memoryview) -> int:
         taken = bytes(data[: min(self.room, self.most)])
         if not taken:
             raise OSError(errno.ENOSPC, "no space left")
@@ -584,21 +584,21 @@ class FailingFile:
         self.content += taken
         return len(taken)
 
-    async def seek(self, at: int, whence: int) -> int:
+    def seek(self, at: int, whence: int) -> int:
         return len(self.content)
 
-    async def truncate(self, size: int) -> None:
+    def truncate(self, size: int) -> None:
         if self.fixed:
             raise OSError(errno.EIO, "input/output error")
         self.content = self.content[:size]
 
-    async def close(self) -> None:
+    def close(self) -> None:
         raise OSError(errno.EIO, "input/output error")
 
 
-def failing(tmp_path: Path, disk: FailingFile) -> logfile.LogFile:
-    file = logfile.LogFile(tmp_path / "web.jsonl", asyncio.get_running_loop(), ThreadPoolExecutor)
-    file._file = disk
+def failing(tmp_path: Path, disk: FailingFile) -> logfile.RecordFile:
+    file = logfile.RecordFile(tmp_path / "web.jsonl")
+    file._file = cast("io.FileIO", disk)
     return file
 
 
@@ -606,33 +606,33 @@ def outcome(answer: tuple[int, OSError | None]) -> tuple[int, int | None]:
     return answer[0], answer[1].errno if answer[1] else None
 
 
-async def test_short_writes_are_continued(tmp_path: Path) -> None:
+def test_short_writes_are_continued(tmp_path: Path) -> None:
     disk = FailingFile(100, most=3)
     file = failing(tmp_path, disk)
-    assert outcome(await file.append(b"one\ntwo\n")) == (8, None)
+    assert outcome(file.append(b"one\ntwo\n")) == (8, None)
     assert (disk.content, file.size) == (b"one\ntwo\n", 8)
-    await file.close()
+    file.close()
 
 
-async def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
+def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
     disk = FailingFile(6)
     file = failing(tmp_path, disk)
-    assert outcome(await file.append(b"one\ntwo\n")) == (4, errno.ENOSPC)
+    assert outcome(file.append(b"one\ntwo\n")) == (4, errno.ENOSPC)
     assert (disk.content, file.size) == (b"one\n", 4)
     disk.room = 100
-    assert outcome(await file.append(b"three\n")) == (6, None)
+    assert outcome(file.append(b"three\n")) == (6, None)
     assert (disk.content, file.size) == (b"one\nthree\n", 10)
 
 
-async def test_a_torn_line_that_cannot_be_cut_off_is_ended(tmp_path: Path) -> None:
+def test_a_torn_line_that_cannot_be_cut_off_is_ended(tmp_path: Path) -> None:
     disk = FailingFile(6, fixed=True)
     file = failing(tmp_path, disk)
-    assert outcome(await file.append(b"one\ntwo\n")) == (4, errno.ENOSPC)
-    assert outcome(await file.append(b"three\n")) == (0, errno.ENOSPC)
+    assert outcome(file.append(b"one\ntwo\n")) == (4, errno.ENOSPC)
+    assert outcome(file.append(b"three\n")) == (0, errno.ENOSPC)
     disk.room = 2
-    assert outcome(await file.append(b"three\n")) == (0, errno.ENOSPC)
+    assert outcome(file.append(b"three\n")) == (0, errno.ENOSPC)
     disk.room = 100
-    assert outcome(await file.append(b"four\n")) == (5, None)
+    assert outcome(file.append(b"four\n")) == (5, None)
     assert disk.content == b"one\ntw\nt\nfour\n"
     assert file.size == len(disk.content)
 
@@ -642,7 +642,7 @@ async def test_each_gap_is_said_once_though_its_mark_hardly_fits(hub: LogHub) ->
     assert pool.file is not None
     await pool.file.close()
     disk = FailingFile(0)
-    pool.file._file = disk
+    pool.file._records._file = cast("io.FileIO", disk)
     writers = [Writer(), Writer()]
     lives = [hub.attach("web", f"web/{i}", 1, writer.read_end) for i, writer in enumerate(writers)]
     follower = hub.follow()

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from nssup import logs
+from nssup import logpool
 from nssup.handover import Layout
 from nssup.lines import Record, content
 from nssup.logs import LogHub, Streams
@@ -137,7 +137,7 @@ async def test_a_stream_that_nobody_writes_any_more_is_ended(tmp_path: Path) -> 
 @pytest.mark.parametrize("size", [4096, 40_000, 65_536])
 async def test_no_room_delays_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """The memory is far smaller than what comes: pipes wait for the writer, also those of lives that are over."""
-    monkeypatch.setattr(logs, "LAYOUT", Layout(streams=16, half=4096, entries=8))
+    monkeypatch.setattr(logpool, "LAYOUT", Layout(streams=16, half=4096, entries=8))
     lives = []
     async with hub(tmp_path) as one:
         for index in range(6):
@@ -155,7 +155,7 @@ async def test_no_room_delays_and_loses_nothing(tmp_path: Path, monkeypatch: pyt
 
 async def test_lives_that_end_at_once_are_all_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each staging memory has a batch of its own to write, and nobody says so twice."""
-    monkeypatch.setattr(logs, "LAYOUT", Layout(streams=4, half=4096, entries=8))
+    monkeypatch.setattr(logpool, "LAYOUT", Layout(streams=4, half=4096, entries=8))
     async with hub(tmp_path) as one:
         lives = []
         for index in range(13):
@@ -172,7 +172,7 @@ async def test_lives_that_end_at_once_are_all_let_go(tmp_path: Path, monkeypatch
 
 
 async def test_more_lives_than_one_memory_has_streams_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "LAYOUT", Layout(streams=4, half=4096, entries=8))
+    monkeypatch.setattr(logpool, "LAYOUT", Layout(streams=4, half=4096, entries=8))
     async with hub(tmp_path) as one:
         waiting = []
         writers = []
@@ -190,7 +190,7 @@ async def test_more_lives_than_one_memory_has_streams_for(tmp_path: Path, monkey
 
 
 async def test_a_place_is_kept_until_its_life_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "LAYOUT", Layout(streams=4, half=4096, entries=8))
+    monkeypatch.setattr(logpool, "LAYOUT", Layout(streams=4, half=4096, entries=8))
     async with hub(tmp_path) as one:
         places = [one.place("web", f"web/{index}", 1) for index in range(5)]
         assert [places.index(place) for place in places] == [0, 0, 2, 2, 4]

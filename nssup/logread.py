@@ -1,0 +1,84 @@
+"""Records read back from a file, from its end."""
+
+import os
+from collections.abc import Container, Iterable, Iterator
+from pathlib import Path
+
+BLOCK = 64 * 1024  # bytes of a file looked at at once, from its end
+LONGEST = 256 * 1024  # bytes of a record: more is none of ours
+
+_START = b'{"ts":"'
+_TS = slice(len(_START), len(_START) + 27)
+_WORKER = _TS.stop + len(b'","worker":')
+
+
+def timestamp(records: bytes) -> str:
+    """The `ts` of the first of records, which all begin with it."""
+    return records[_TS].decode()
+
+
+def open_for_reading(path: Path) -> int:
+    """A descriptor of a regular file, never through a symbolic link. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def read_end(path: Path, size: int) -> bytes:
+    """The last bytes, BLOCK at most, of a file of that size."""
+    if not size:
+        return b""
+    fd = open_for_reading(path)
+    try:
+        return os.pread(fd, BLOCK, max(size - BLOCK, 0))
+    finally:
+        os.close(fd)
+
+
+def is_record(line: bytes) -> bool:
+    return line.startswith(_START) and line.endswith(b"}")
+
+
+def _belongs(line: bytes, workers: Container[str] | None) -> bool:
+    if workers is None:
+        return True
+    return line[_WORKER + 1 : line.find(b'"', _WORKER + 1)].decode(errors="replace") in workers
+
+
+def pick_last(lines: Iterable[bytes], n: int, workers: Container[str] | None) -> list[bytes]:
+    """Of lines, which come last first, the n last that are records of these workers, in the right order."""
+    found: list[bytes] = []
+    for line in lines:
+        if len(found) >= n:
+            break
+        if is_record(line) and _belongs(line, workers):
+            found.append(line + b"\n")
+    found.reverse()
+    return found
+
+
+def last_records(path: Path, size: int, n: int, workers: Container[str] | None, limit: int) -> list[bytes]:
+    """The last n records within the first size bytes of a file, of which the last limit are looked at; [] where it
+    cannot be read."""
+    try:
+        fd = open_for_reading(path)
+    except OSError:
+        return []
+    try:
+        return pick_last(_lines_from_end(fd, min(size, os.fstat(fd).st_size), limit), n, workers)
+    except OSError:
+        return []
+    finally:
+        os.close(fd)
+
+
+def _lines_from_end(fd: int, end: int, limit: int) -> Iterator[bytes]:
+    rest = b""
+    floor = max(end - limit, 0)
+    while end > floor:
+        start = max(end - BLOCK, floor)
+        rest, *lines = (os.pread(fd, end - start, start) + rest).split(b"\n")
+        yield from reversed(lines)
+        if len(rest) > LONGEST:
+            rest = b""
+        end = start
+    if not floor:
+        yield rest
