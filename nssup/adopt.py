@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from nssup import wire
+from nssup import restart, wire
 from nssup.events import Empty, Exit, Exited, Gone, Input, LaunchFailed, Running, SetupFailed, Start, Started, State
 from nssup.machine import Action, KillTree, Launch, SignalMain, Worker
 from nssup.record import BODY_MAX, SLOT_OVER, SLOT_STOPPING, Slot
@@ -47,7 +47,10 @@ KEPT = (
     "passed",
     "extended",
     "fault",
+    "last_life",
+    "condemned",
 )
+_EXIT, _LAST_EXIT, _HISTORY = KEPT.index("exit"), KEPT.index("last_exit"), KEPT.index("history")
 _KEPT_EXIT = ("reason", "code", "signal", "core", "oom", "timed_out", "cpu_seconds", "max_rss_bytes", "at")
 _FIRST = KEPT.index("last_exit") + 1  # fields of the first version
 _EXIT, _LAST_EXIT = KEPT.index("exit"), KEPT.index("last_exit")
@@ -69,19 +72,42 @@ UNREADABLE = "lost:unreadable"
 def keep(worker: Worker) -> bytes:
     """The worker as a slot holds it. Its id is the slot's, and lives that linger have slots of their own.
 
-    What would not fit goes without how the life before ended.
+    What would not fit goes without how the life before ended, and then without the oldest of its deaths.
     """
     values: list[Any] = list(_kept(worker))
     for number in (_EXIT, _LAST_EXIT):
         found: Exit | None = values[number]
         values[number] = None if found is None else _kept_exit(found)
+    deaths = worker.history.deaths
+    values[_HISTORY] = _kept_history(worker, deaths)
     while len(values) > _FIRST and not values[-1]:
         values.pop()  # reads as its default, which these all have in common
     body = _encode(values)
     if len(body) > BODY_MAX:
         values[_LAST_EXIT] = None
         body = _encode(values)
+    while len(body) > BODY_MAX and deaths:
+        deaths = deaths[1 + len(deaths) // 4 :]
+        values[_HISTORY] = _kept_history(worker, deaths)
+        body = _encode(values)
     return body
+
+
+def _kept_history(worker: Worker, deaths: tuple[float, ...]) -> list[Any]:
+    """Deaths are written as the newest one, and how many milliseconds before it the others were, newest first: that
+    takes a few bytes each."""
+    newest = deaths[-1:]
+    before = [round((deaths[-1] - at) * 1000) for at in reversed(deaths[:-1])]
+    return [*worker.history[:-1], [*newest, *before]]
+
+
+def _history(kept: list[Any]) -> list[Any]:
+    """What `_kept_history` wrote, with the deaths as they were; a longer one is cut. Raises TypeError, IndexError."""
+    size = len(restart.History._fields)
+    if len(kept) < size:
+        return kept
+    *counts, deaths = kept[:size]
+    return [*counts, [*(deaths[0] - ago / 1000 for ago in reversed(deaths[1:])), *deaths[:1]]]
 
 
 def place_of(worker_id: str) -> tuple[str, int] | None:
@@ -100,20 +126,23 @@ def restore(worker_id: str, body: bytes) -> Worker | None:
     try:
         values = msgspec.msgpack.decode(body, type=list[Any])
         fields = dict(zip(KEPT, values, strict=False)) | {"pool": place[0], "index": place[1]}
+        if "history" in fields:
+            fields["history"] = _history(fields["history"])
         for name in ("exit", "last_exit"):
             if fields.get(name) is not None:
                 fields[name] = dict(zip(_KEPT_EXIT, fields[name], strict=False))
         if "up_since" not in fields and fields.get("state") == State.RUNNING:  # noted before there was readiness
             fields |= {"ready": True, "up_since": fields.get("running_since")}
         worker = msgspec.convert(fields, Worker)
-    except (msgspec.MsgspecError, TypeError, ValueError):
+    except (msgspec.MsgspecError, TypeError, ValueError, IndexError):
         return None
     return worker if _coherent(worker) else None
 
 
 def _coherent(w: Worker) -> bool:
     """Whether the machine can have made it: another would be an impossible event later on."""
-    times = (w.launched_at, w.running_since, w.up_since, w.uptime, w.deadline, w.extended)
+    spans = [*w.history.deaths, *(w.last_life or ())[1:]]
+    times = (w.launched_at, w.running_since, w.up_since, w.uptime, w.deadline, w.extended, *spans)
     if not all(at is None or math.isfinite(at) for at in times):
         return False
     if w.generation < 0 or (w.stop_step or 0) < 0 or w.outcome not in (None, *_AT_REST):

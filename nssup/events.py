@@ -67,6 +67,18 @@ class Remove(Input, frozen=True):
     """Stop, then forget the worker (scaled away)."""
 
 
+class Reset(Input, frozen=True):
+    """Forget all failures; who has failed is stopped. Nothing is launched or ended by it."""
+
+
+class Fail(Input, frozen=True):
+    """Go down and be failed, because the pool has failed; unless it is to be down anyway."""
+
+
+class Reload(Input, frozen=True):
+    """Have the program read its configuration again, in the way its spec says."""
+
+
 class Kill(Input, frozen=True):
     """Send signo to the main program, or to every process of the worker (tree)."""
 

@@ -308,6 +308,14 @@ def _signal(value: object) -> int:
 
 
 SIGNAL = Kind("signal", _signal)
+CODE = whole(0, 255)
+
+
+def _ending(value: object) -> int:
+    """An exit code, or a signal as a negative number."""
+    return -_signal(value) if isinstance(value, str) else int(CODE.take(value))
+
+
 WORDS = Kind("list of texts", lambda value: _list(value, Kind("text", _text)) or _fail("is empty: name a program"))
 RELOAD = {
     "signal": Key(SIGNAL, "", "What to send to the main program: `HUP`, `SIGHUP`, `1`, `RTMIN+3`."),
@@ -420,21 +428,69 @@ BACKOFF = {
     "reset_after": Key(DURATION, '"60s"', "Up that long, a worker's earlier failures are forgotten."),
 }
 
+INTENSITY = {
+    "deaths": Key(whole(1, 1000), "", "**Required.** So many ends of its program by itself,"),
+    "within": Key(DURATION, "", "**Required.** in so long a time,"),
+    "then": Key(
+        one_of("fail", "backoff", "fail-pool", "shutdown"),
+        '"fail"',
+        "and the worker has failed; or waits until there were fewer; or all its pool has failed; or `nssup up` ends.",
+    ),
+}
+
+RULE = {
+    "exit": Key(list_of(CODE), "[]", "Exit codes."),
+    "signal": Key(list_of(SIGNAL), "[]", "Signals that ended the program."),
+    "then": Key(
+        one_of("restart-now", "backoff", "stop", "fail"),
+        "",
+        "**Required.** The next life, at once, or after a `backoff` wait; or none: it is `stopped`, or has `failed`.",
+    ),
+}
+
+
+def _required(keys: dict[str, Key], hint: str, *names: str) -> Kind:
+    """A table in which these keys must be."""
+
+    def take(value: object) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            _fail(f"must be a table, not {_is(value)}: write {hint}")
+        taken, found = convert(keys, value)
+        found += [((name,), f"is missing: write {hint}") for name in names if name not in value]
+        if found:
+            raise Wrong(found)
+        return taken
+
+    return Kind("table", take, keys)
+
+
 RESTART = {
     "policy": Key(
         one_of("always", "on-failure", "never"),
         '"always"',
         'When a life that ended is followed by another. A oneshot: `"never"` (its default) or `"on-failure"`.',
     ),
-    "success": Key(list_of(whole(0, 255), "list of exit codes"), "[0]", "Exit codes that count as a good end."),
+    "success": Key(
+        list_of(Kind("exit code or signal", _ending), "list of exit codes and signals"),
+        "[0]",
+        'Exit codes, and signals (`"TERM"`), that count as a good end.',
+    ),
     "settle": Key(
         DURATION,
         '"1s"',
         "The first restart of a life that was up that long is immediate; every later one waits by `backoff`.",
     ),
     "backoff": Key(table(BACKOFF, 'backoff = { first = "100ms" }'), "", "Waits before launches."),
-    "intensity": later("Giving up after too many deaths."),
-    "rules": later("Decisions by exit code or signal."),
+    "intensity": Key(
+        _required(INTENSITY, 'intensity = { deaths = 5, within = "60s" }', "deaths", "within"),
+        "",
+        "When it dies too often; none by default. A launch that failed before the program ran is no death.",
+    ),
+    "rules": Key(
+        list_of(_required(RULE, '{ exit = [75], then = "restart-now" }', "then"), "list of tables"),
+        "[]",
+        "What follows an end with these codes or signals, whatever `policy` says; the first that matches counts.",
+    ),
 }
 
 LIMITS = {

@@ -20,6 +20,7 @@ from nssup.events import (
     Empty,
     Exit,
     Exited,
+    Fail,
     Gone,
     Input,
     Kill,
@@ -28,7 +29,9 @@ from nssup.events import (
     LifeInput,
     Passed,
     Ready,
+    Reload,
     Remove,
+    Reset,
     Restart,
     Running,
     SetupFailed,
@@ -46,6 +49,8 @@ from nssup.spec import SIGKILL, PoolSpec
 REST = 10.0
 # Seconds that we may be late for a deadline before we blame ourselves: time in which nobody listened does not count.
 LATE = 0.5
+# The reason of workers that are down because another of their pool died too often.
+POOL_FAILED = "pool-failed"
 
 # --- what is to be done --------------------------------------------------------------------------------------------
 
@@ -89,6 +94,12 @@ class KillTree(Action, frozen=True, gc=False):
     generation: int
 
 
+class FailPool(Action, frozen=True, gc=False):
+    """It died too often: what is to become of others. shutdown: of everybody; else of the workers of its pool."""
+
+    shutdown: bool = False
+
+
 class Forget(Action, frozen=True, gc=False):
     """The worker is stopped and to be removed: nothing of it remains."""
 
@@ -111,7 +122,8 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     host_pid, ns_pid: the program's, None when there is none; last_host_pid, last_ns_pid: also after its end.
     alive: the newest life is not over. killed: its tree was sent SIGKILL by us. stop_step: the step of spec.stop it is
     in, None outside the sequence. lingering: lives that are over, their init not reaped yet. outcome: the state that
-    waits for that, in STOPPING. exit: how the life ended so far; last_exit: how the last life that is over ended.
+    waits for that, in STOPPING. exit: how the life ended so far; last_exit: how the last life that is over ended;
+    last_life: which one that was. condemned: it is going down to be FAILED, because its pool has failed.
     """
 
     pool: str
@@ -145,11 +157,21 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     outcome: State | None = None
     exit: Exit | None = None
     last_exit: Exit | None = None
+    last_life: "Span | None" = None
+    condemned: bool = False
 
     @property
     def id(self) -> str:
         """`web/3`."""
         return f"{self.pool}/{self.index}"
+
+
+class Span(NamedTuple):
+    """When a life was, CLOCK_BOOTTIME seconds: from when it was asked for until it was over."""
+
+    generation: int
+    began: float
+    ended: float
 
 
 class Here(NamedTuple):
@@ -197,7 +219,7 @@ def _start(w: Worker, event: Input, here: Here) -> Step:
 
 def _asked(w: Worker) -> Worker:
     """Up because an operator said so: what went before is forgotten."""
-    return replace(w, want_up=True, removing=False, restarts=0, history=restart.FORGOTTEN)
+    return replace(w, want_up=True, removing=False, restarts=0, history=restart.FORGOTTEN, condemned=False)
 
 
 def _stay_up(w: Worker, event: Input, here: Here) -> Step:
@@ -243,7 +265,7 @@ def _running(w: Worker, event: Running, here: Here) -> Step:
 def _up(w: Worker, here: Here) -> Step:
     """What it was started for is there."""
     watchdog = here.spec.watchdog
-    deadline = None if watchdog is None else here.now + watchdog
+    deadline = None if watchdog is None or w.killed else here.now + watchdog
     return replace(w, state=State.RUNNING, reason=None, up_since=here.now, ready=True, deadline=deadline), NOTHING
 
 
@@ -322,7 +344,7 @@ def _launch_failed(w: Worker, event: LaunchFailed, here: Here) -> Step:
 def _launch_withdrawn(w: Worker, event: LaunchFailed, here: Here) -> Step:
     """A stop was faster than the launch: there was no life, so nothing ended."""
     after, actions = _over(w, Exit(reason=event.reason), here)
-    return replace(after, last_exit=w.last_exit), actions
+    return replace(after, last_exit=w.last_exit, last_life=w.last_life), actions
 
 
 # --- stopping ------------------------------------------------------------------------------------------------------
@@ -381,6 +403,23 @@ def _restart(w: Worker, event: Input, here: Here) -> Step:
     return _begin_stop(replace(_asked(w), again=True), here)
 
 
+def _fail(w: Worker, event: Input, here: Here) -> Step:
+    """Down, by the stop sequence, to be failed with its pool."""
+    return _begin_stop(replace(w, condemned=True), here, POOL_FAILED)
+
+
+def _fail_after_stop(w: Worker, event: Input, here: Here) -> Step:
+    """Who is going down only to come up again is failed instead; who is to be down stays so."""
+    if not w.alive or not w.want_up:
+        return w, NOTHING
+    return replace(w, condemned=True, again=False, reason=POOL_FAILED), NOTHING
+
+
+def _fail_at_rest(w: Worker, event: Input, here: Here) -> Step:
+    """Failed with its pool; no life is in the way."""
+    return _rest(replace(w, deadline=None), State.FAILED, POOL_FAILED)
+
+
 def _next_stop_step(w: Worker, event: Tick, here: Here) -> Step:
     """The wait of a stop step ran out: the next step. The wait for the rest of the tree did: the kill."""
     if w.deadline is None or here.now < w.deadline:
@@ -403,7 +442,8 @@ def _stay_down(w: Worker, event: Input, here: Here) -> Step:
     """An operator wants down what is going down: whatever was to follow does not."""
     removing = w.removing or isinstance(event, Remove)
     outcome = None if w.alive else State.STOPPED
-    return replace(w, want_up=False, again=False, removing=removing, reason="operator", outcome=outcome), NOTHING
+    w = replace(w, want_up=False, again=False, removing=removing, condemned=False)
+    return replace(w, reason="operator", outcome=outcome), NOTHING
 
 
 def _down(w: Worker, event: Input, here: Here) -> Step:
@@ -480,6 +520,7 @@ def _over(w: Worker, ended: Exit, here: Here) -> Step:
         w,
         alive=False,
         last_exit=ended,
+        last_life=Span(w.generation, w.launched_at or 0.0, here.now),
         exit=None,
         uptime=None,
         running_since=None,
@@ -495,6 +536,8 @@ def _over(w: Worker, ended: Exit, here: Here) -> Step:
         return _launch(w, here, None)
     if not w.want_up:
         return _rest(w, State.STOPPED, "operator")
+    if w.condemned:
+        return _rest(w, State.FAILED, POOL_FAILED)
     return _by_policy(w, ended, uptime, here)
 
 
@@ -502,16 +545,34 @@ def _by_policy(w: Worker, ended: Exit, uptime: float | None, here: Here) -> Step
     """What follows a life that nobody asked to end."""
     spec = here.spec
     verdict = restart.decide(
-        spec.restart, spec.type, w.history, ended, uptime, seed=here.seed, worker_id=w.id, generation=w.generation
+        spec.restart,
+        spec.type,
+        w.history,
+        ended,
+        uptime,
+        now=here.now,
+        seed=here.seed,
+        worker_id=w.id,
+        generation=w.generation,
     )
     if isinstance(verdict, restart.Finished):
         return _rest(w, State.DONE, ended.reason)
+    if isinstance(verdict, restart.Halted):
+        return _rest(replace(w, want_up=False), State.STOPPED, ended.reason)
     if isinstance(verdict, restart.GaveUp):
-        return _rest(w, State.FAILED, ended.reason)
+        return _give_up(w, verdict, ended)
     w = replace(w, history=verdict.history)
     if verdict.delay == 0:
         return _relaunch(w, here)
     return replace(w, state=State.BACKOFF, reason=ended.reason, deadline=here.now + verdict.delay), NOTHING
+
+
+def _give_up(w: Worker, verdict: restart.GaveUp, ended: Exit) -> Step:
+    """It failed; and others with it, if it died too often and its policy wants that."""
+    after, actions = _rest(replace(w, history=verdict.history), State.FAILED, verdict.reason or ended.reason)
+    if verdict.then == "fail":
+        return after, actions
+    return after, (*actions, FailPool(shutdown=verdict.then == "shutdown"))
 
 
 def _rest(w: Worker, state: State, reason: str | None) -> Step:
@@ -529,6 +590,37 @@ def _wait_over(w: Worker, event: Tick, here: Here) -> Step:
     return _relaunch(w, here)
 
 
+# --- forgetting ----------------------------------------------------------------------------------------------------
+
+
+def _reset(w: Worker, event: Input, here: Here) -> Step:
+    """All failures are forgotten."""
+    return replace(w, restarts=0, history=restart.FORGOTTEN), NOTHING
+
+
+def _reset_failed(w: Worker, event: Input, here: Here) -> Step:
+    """It has not failed any more, and is not wanted up before somebody says so."""
+    w, _ = _reset(w, event, here)
+    return _rest(replace(w, want_up=False), State.STOPPED, "operator")
+
+
+def _reset_stopping(w: Worker, event: Input, here: Here) -> Step:
+    """All failures are forgotten; whoever only waits to be failed will be stopped."""
+    w, _ = _reset(w, event, here)
+    if w.condemned or w.outcome is State.FAILED:
+        outcome = State.STOPPED if w.outcome is State.FAILED else None
+        w = replace(w, want_up=False, condemned=False, reason="operator", outcome=outcome)
+    return w, NOTHING
+
+
+def _reset_wait(w: Worker, event: Input, here: Here) -> Step:
+    """All failures are forgotten, so the wait is no longer than the first one."""
+    w, _ = _reset(w, event, here)
+    first = restart.wait(here.spec.restart.backoff, 0, here.seed, w.id, w.generation)
+    w = replace(w, history=restart.FORGOTTEN._replace(waits=1))
+    return replace(w, deadline=min(w.deadline or 0.0, here.now + first)), NOTHING
+
+
 # --- signals -------------------------------------------------------------------------------------------------------
 
 
@@ -541,6 +633,16 @@ def _signal(w: Worker, event: Kill, here: Here) -> Step:
     if not event.tree and w.host_pid is not None:
         return w, (SignalMain(w.generation, event.signo),)
     return w, NOTHING
+
+
+def _reload(w: Worker, event: Reload, here: Here) -> Step:
+    """The program is told to read its configuration again, where its spec says how."""
+    reload = here.spec.reload
+    if reload is None or w.host_pid is None:
+        return w, NOTHING
+    if reload.command is not None:
+        return w, (RunCommand(w.generation, reload.command),)
+    return w, (SignalMain(w.generation, reload.signal or 0),)
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -563,11 +665,14 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.STOPPED, Start): _to(_start, _S.STARTING),
     (_S.STOPPED, Restart): _to(_start, _S.STARTING),
     (_S.STOPPED, Remove): _to(_down, _S.STOPPED),
+    (_S.STOPPED, Reset): _to(_reset, _S.STOPPED),
     (_S.STARTING, Start): _to(_stay_up, _S.STARTING),
     (_S.STARTING, Stop): _to(_stop, _S.STOPPING),
     (_S.STARTING, Restart): _to(_restart, _S.STOPPING),
     (_S.STARTING, Remove): _to(_remove, _S.STOPPING),
     (_S.STARTING, Kill): _to(_signal, _S.STARTING),
+    (_S.STARTING, Reset): _to(_reset, _S.STARTING),
+    (_S.STARTING, Fail): _to(_fail, _S.STOPPING),
     (_S.STARTING, Launched): _to(_launched, _S.STARTING),
     (_S.STARTING, LaunchFailed): _to(_launch_failed, _S.BACKOFF, _S.FAILED, _S.STOPPING),
     (_S.STARTING, Started): _to(_started, _S.STARTING),
@@ -578,9 +683,9 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.STARTING, Alive): _to(_alive, _S.STARTING),
     (_S.STARTING, Tick): _to(_unready_in_time, _S.STARTING, _S.STOPPING),
     (_S.STARTING, SetupFailed): _to(_setup_failed, _S.STARTING),
-    (_S.STARTING, Exited): _to(_exited, _S.STOPPING, _S.BACKOFF),
+    (_S.STARTING, Exited): _to(_exited, _S.STOPPING, _S.STARTING, _S.BACKOFF),
     (_S.STARTING, Empty): _to(_empty, _S.BACKOFF, _S.STOPPING),
-    (_S.STARTING, Gone): _to(_gone, _S.STARTING, _S.BACKOFF, _S.FAILED, _S.DONE, _S.STOPPING),
+    (_S.STARTING, Gone): _to(_gone, _S.STARTING, _S.BACKOFF, _S.STOPPED, _S.FAILED, _S.DONE, _S.STOPPING),
     (_S.RUNNING, Start): _to(_stay_up, _S.RUNNING),
     (_S.RUNNING, Stop): _to(_stop, _S.STOPPING),
     (_S.RUNNING, Restart): _to(_restart, _S.STOPPING),
@@ -591,16 +696,21 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.RUNNING, Sick): _to(_sick, _S.STOPPING),
     (_S.RUNNING, Alive): _to(_alive, _S.RUNNING),
     (_S.RUNNING, Tick): _to(_heartbeat_missed, _S.RUNNING, _S.STOPPING),
+    (_S.RUNNING, Reload): _to(_reload, _S.RUNNING),
+    (_S.RUNNING, Reset): _to(_reset, _S.RUNNING),
+    (_S.RUNNING, Fail): _to(_fail, _S.STOPPING),
     (_S.RUNNING, Exited): _to(_exited, _S.STOPPING, _S.STARTING, _S.BACKOFF),
     (_S.RUNNING, Empty): _to(_empty, _S.STOPPING, _S.STARTING, _S.BACKOFF),
-    (_S.RUNNING, Gone): _to(_gone, _S.RUNNING, _S.STARTING, _S.BACKOFF, _S.FAILED, _S.DONE, _S.STOPPING),
+    (_S.RUNNING, Gone): _to(_gone, _S.RUNNING, _S.STARTING, _S.BACKOFF, _S.STOPPED, _S.FAILED, _S.DONE, _S.STOPPING),
     (_S.STOPPING, Start): _to(_come_back, _S.STOPPING, _S.STARTING),
     (_S.STOPPING, Stop): _to(_stay_down, _S.STOPPING),
     (_S.STOPPING, Restart): _to(_come_back, _S.STOPPING, _S.STARTING),
     (_S.STOPPING, Remove): _to(_stay_down, _S.STOPPING),
     (_S.STOPPING, Kill): _to(_signal, _S.STOPPING),
+    (_S.STOPPING, Reset): _to(_reset_stopping, _S.STOPPING),
+    (_S.STOPPING, Fail): _to(_fail_after_stop, _S.STOPPING),
     (_S.STOPPING, Launched): _to(_launched_to_die, _S.STOPPING),
-    (_S.STOPPING, LaunchFailed): _to(_launch_withdrawn, _S.STOPPED, _S.STARTING, _S.STOPPING),
+    (_S.STOPPING, LaunchFailed): _to(_launch_withdrawn, _S.STOPPED, _S.STARTING, _S.FAILED, _S.STOPPING),
     (_S.STOPPING, Started): _to(_started, _S.STOPPING),
     (_S.STOPPING, SetupFailed): _to(_setup_failed, _S.STOPPING),
     (_S.STOPPING, Exited): _to(_exited, _S.STOPPING, _S.STARTING, _S.BACKOFF),
@@ -613,16 +723,20 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.BACKOFF, Stop): _to(_down, _S.STOPPED, _S.STOPPING),
     (_S.BACKOFF, Restart): _to(_start, _S.STARTING),
     (_S.BACKOFF, Remove): _to(_down, _S.STOPPED, _S.STOPPING),
+    (_S.BACKOFF, Reset): _to(_reset_wait, _S.BACKOFF),
+    (_S.BACKOFF, Fail): _to(_fail_at_rest, _S.FAILED, _S.STOPPING),
     (_S.BACKOFF, Gone): _to(_gone, _S.BACKOFF),
     (_S.BACKOFF, Tick): _to(_wait_over, _S.BACKOFF, _S.STARTING),
     (_S.FAILED, Start): _to(_start, _S.STARTING),
     (_S.FAILED, Stop): _to(_down, _S.STOPPED),
     (_S.FAILED, Restart): _to(_start, _S.STARTING),
     (_S.FAILED, Remove): _to(_down, _S.STOPPED),
+    (_S.FAILED, Reset): _to(_reset_failed, _S.STOPPED),
     (_S.DONE, Start): _to(_start, _S.STARTING),
     (_S.DONE, Stop): _to(_down, _S.STOPPED),
     (_S.DONE, Restart): _to(_start, _S.STARTING),
     (_S.DONE, Remove): _to(_down, _S.STOPPED),
+    (_S.DONE, Reset): _to(_reset, _S.DONE),
     # Only an operator may say that what could not be proven ours is dealt with.
     (_S.LOST, Stop): _to(_down, _S.STOPPED, _S.STOPPING),
     (_S.LOST, Remove): _to(_down, _S.STOPPED, _S.STOPPING),
@@ -643,14 +757,14 @@ def _ignored(state: State, *kinds: type[Input]) -> frozenset[tuple[State, type[I
 # Legal and without effect: repeated wishes, signals to nobody, late timers, and news of a life that is over (what
 # happened after the kill is told by Gone alone) or of a step that this life has behind it.
 IGNORED: frozenset[tuple[State, type[Input]]] = (
-    _ignored(State.STOPPED, Stop, Kill, Tick, Gone, *_PROGRESS, *_HEALTH)
-    | _ignored(State.STARTING, Unready, CommandFailed)
+    _ignored(State.STOPPED, Stop, Kill, Reload, Fail, Tick, Gone, *_PROGRESS, *_HEALTH)
+    | _ignored(State.STARTING, Reload, Unready, CommandFailed)
     | _ignored(State.RUNNING, Launched, LaunchFailed, Started, Running, SetupFailed, Passed, CommandFailed)
-    | _ignored(State.STOPPING, Running, Passed, Ready, Unready, Sick)
-    | _ignored(State.BACKOFF, Kill, *_PROGRESS, *_HEALTH)
-    | _ignored(State.FAILED, Kill, Tick, Gone, *_PROGRESS, *_HEALTH)
-    | _ignored(State.DONE, Kill, Tick, Gone, *_PROGRESS, *_HEALTH)
-    | _ignored(State.LOST, Start, Restart, Kill, Tick, *_PROGRESS, *_HEALTH)
+    | _ignored(State.STOPPING, Reload, Running, Passed, Ready, Unready, Sick)
+    | _ignored(State.BACKOFF, Kill, Reload, *_PROGRESS, *_HEALTH)
+    | _ignored(State.FAILED, Kill, Reload, Fail, Tick, Gone, *_PROGRESS, *_HEALTH)
+    | _ignored(State.DONE, Kill, Reload, Fail, Tick, Gone, *_PROGRESS, *_HEALTH)
+    | _ignored(State.LOST, Start, Restart, Kill, Reset, Reload, Fail, Tick, *_PROGRESS, *_HEALTH)
 )
 
 

@@ -31,7 +31,7 @@ from nssup.events import (
     SetupFailed,
     Started,
 )
-from nssup.machine import Forget, KillTree, Launch, RunCommand, SignalMain, SignalTree, asks_readiness
+from nssup.machine import FailPool, Forget, KillTree, Launch, RunCommand, SignalMain, SignalTree, asks_readiness
 from nssup.spec import SIGKILL, PoolSpec
 from nssup.workers import Actions, WorkerSet
 
@@ -107,12 +107,14 @@ class Bounds(msgspec.Struct):
 
 
 class Simulation:
-    """A WorkerSet in a fake world. now: seconds, moved by `run` alone. workers is for reading."""
+    """A WorkerSet in a fake world. now: seconds, moved by `run` alone. workers is for reading. ended: a worker's policy
+    has asked the supervisor to end."""
 
     def __init__(self, fates: Fates, *, seed: str = "", observe: Callable[[Event], None] | None = None) -> None:
         self.now = 0.0
         self.workers = WorkerSet(self._published, epoch=1, seed=seed)
         self.bounds = Bounds()
+        self.ended = False
         self._fates = fates
         self._observe = observe
         self._news: list[tuple[float, int, _Life, LifeInput]] = []
@@ -209,6 +211,8 @@ class Simulation:
                     raise ImpossibleEvent(f"{worker_id} is forgotten, though something of it is left")
             elif isinstance(action, SignalMain | SignalTree | KillTree | RunCommand):
                 self._signal(worker_id, action)
+            elif isinstance(action, FailPool) and action.shutdown:
+                self.ended = True
         self.bounds.most_deadlines = max(self.bounds.most_deadlines, self.workers.pending())
         self.bounds.most_news = max(self.bounds.most_news, len(self._news))
 

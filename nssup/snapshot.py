@@ -108,8 +108,9 @@ def event_line(event: Event) -> bytes:
 
 
 def spec_hash(spec: PoolSpec) -> str:
-    """The same for specs that make the same lives: how many workers is no part of it."""
-    return hashlib.sha256(msgspec.json.encode(replace(spec, workers=0), order="sorted")).hexdigest()[:16]
+    """The same for specs that make the same lives: how many workers, and whether they are started, is no part of it."""
+    same = replace(spec, workers=0, enabled=True)
+    return hashlib.sha256(msgspec.json.encode(same, order="sorted")).hexdigest()[:16]
 
 
 def members(workers: WorkerSet) -> dict[str, list[str]]:

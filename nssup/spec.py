@@ -19,6 +19,7 @@ RLIMITS = (
 )  # fmt: skip
 POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,47}")
 OWN_LOG = "nssup"  # LOG_DIR/nssup.jsonl
+MOST_DEATHS = 1000  # that intensity counts; each is remembered
 SIGTERM = 15
 SIGKILL = 9
 
@@ -65,14 +66,45 @@ class Backoff(msgspec.Struct, frozen=True, kw_only=True):
     reset_after: float = 60.0
 
 
+class Intensity(msgspec.Struct, frozen=True, kw_only=True):
+    """How many deaths within how many seconds are too many, and what follows then.
+
+    A death: the program ended by itself, however, and would be launched again. fail: the worker has failed. fail-pool:
+    so have all workers of its pool that are to be up. shutdown: and the supervisor ends. backoff: the next launch waits
+    until there are fewer deaths within that time.
+    """
+
+    deaths: int
+    within: float
+    then: Literal["fail", "backoff", "fail-pool", "shutdown"] = "fail"
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True):
+    """What follows an end with one of these exit codes or signals (numbers), whatever the policy says.
+
+    restart-now: the next life, at once. backoff: the next life, after a backoff wait. stop: none; it is stopped. fail:
+    none; it has failed.
+    """
+
+    then: Literal["restart-now", "backoff", "stop", "fail"]
+    exit: tuple[int, ...] = ()
+    signal: tuple[int, ...] = ()
+
+
 class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """When a life that ended by itself is followed by another. settle, in seconds: up that long, its first restart is
-    immediate; every later one waits by backoff."""
+    """When a life that ended by itself is followed by another.
+
+    success: ends that are good, exit codes, and signals as negative numbers (the way of subprocess). settle, in
+    seconds: up that long, its first restart is immediate; every later one waits by backoff. rules: the first one that
+    matches counts.
+    """
 
     policy: Literal["always", "on-failure", "never"] = "always"
     success: tuple[int, ...] = (0,)
     settle: float = 1.0
     backoff: Backoff = Backoff()
+    intensity: Intensity | None = None
+    rules: tuple[Rule, ...] = ()
 
 
 class StopStep(msgspec.Struct, frozen=True):
@@ -86,13 +118,6 @@ class StopStep(msgspec.Struct, frozen=True):
     @property
     def kills(self) -> bool:
         return self.signal is None and self.command is None
-
-
-class Reload(msgspec.Struct, frozen=True, kw_only=True):
-    """How a program is told to read its configuration again: one of signal, to the main program, and command."""
-
-    signal: int | None = None
-    command: tuple[str, ...] | None = None
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +149,13 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 WAYS = ("notify", "http", "tcp", "unix", "exec", "log")
+
+
+class ReloadSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How a program is told to read its configuration again: one of signal, to the main program, and command."""
+
+    signal: int | None = None
+    command: tuple[str, ...] | None = None
 
 
 DEFAULT_STOP = (StopStep(SIGTERM, 10.0), StopStep(None))
@@ -162,7 +194,7 @@ class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
     proc: bool = True
     hostname: str | None = None
     stop: tuple[StopStep, ...] = DEFAULT_STOP
-    reload: Reload | None = None
+    reload: ReloadSpec | None = None
     start_timeout: float = 90.0
     startup: Probe | None = None
     ready: Probe | None = None
@@ -267,9 +299,9 @@ def _restart_problems(spec: PoolSpec) -> list[tuple[str, str]]:
     if restart.settle < 0:
         found.append(("restart.settle", "cannot be negative"))
     found += [
-        ("restart.success", f"{code} is no exit code: they go from 0 to 255")
+        ("restart.success", f"{code} is no exit code: they go from 0 to 255, and signals from -1 to -64")
         for code in restart.success
-        if not 0 <= code <= 255
+        if not -64 <= code <= 255
     ]
     backoff = restart.backoff
     found += [
@@ -283,6 +315,29 @@ def _restart_problems(spec: PoolSpec) -> list[tuple[str, str]]:
         found.append(("restart.backoff.jitter", "must be from 0 to 1"))
     if backoff.first > backoff.max:
         found.append(("restart.backoff.first", f"is longer than max, which is {backoff.max:g} s"))
+    return found + _intensity_problems(restart.intensity) + _rule_problems(restart.rules)
+
+
+def _intensity_problems(intensity: Intensity | None) -> list[tuple[str, str]]:
+    if intensity is None:
+        return []
+    found = []
+    if not 1 <= intensity.deaths <= MOST_DEATHS:
+        found.append(("restart.intensity.deaths", f"must be from 1 to {MOST_DEATHS}"))
+    if not intensity.within > 0:
+        found.append(("restart.intensity.within", "must be longer than nothing"))
+    return found
+
+
+def _rule_problems(rules: tuple[Rule, ...]) -> list[tuple[str, str]]:
+    found = []
+    for index, rule in enumerate(rules):
+        if not rule.exit and not rule.signal:
+            found.append((f"restart.rules.{index}", 'matches nothing: give exit = [75] or signal = ["SEGV"]'))
+        bad = [str(code) for code in rule.exit if not 0 <= code <= 255]
+        bad += [f"signal {signo}" for signo in rule.signal if not 1 <= signo <= 64]
+        if bad:
+            found.append((f"restart.rules.{index}", f"{', '.join(bad)}: codes go from 0 to 255, signals from 1 to 64"))
     return found
 
 

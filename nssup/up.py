@@ -24,6 +24,7 @@ from nssup.errors import ControlError, ExitCode
 from nssup.events import Event, Exit, State
 from nssup.listener import Listener, listen, resume
 from nssup.loop import Supervisor, monotonic_usec, now
+from nssup.restart import TOO_MANY
 from nssup.spec import SupervisorSpec, validate
 
 REHEARSE = "--rehearse"  # of `nssup up`: say whether it could take over, and do nothing
@@ -118,6 +119,8 @@ class _Verdict:
             self._ended(event.worker, event.event == "failed", event.reason, event.exit)
         elif event.worker is not None and event.event == "launched":
             self.failed.pop(event.worker, None)
+        elif event.worker is not None and event.event == "intensity_exceeded":
+            self.failed[event.worker] = TOO_MANY  # said before its init is reaped, which a stop may be faster than
 
     def take_stock(self) -> None:
         """Those that had ended before a supervisor took them over."""

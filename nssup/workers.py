@@ -17,8 +17,11 @@ Published, one Event per change of state, plus facts (`from` and `to` are None):
 | `became_ready` `became_unready` | facts: a running worker is ready again, or not any more |
 | `command_run` | fact: the next stop step, a command, has begun |
 | `signalled` | fact: a signal was sent without a change of state: an operator's, or the next stop step |
+| `intensity_exceeded` | fact: a worker died too often, and has failed; `detail.then` says what else follows |
+| `reset` | fact: an operator had a worker's failures forgotten |
 | `removed` | fact: the worker was scaled away and is forgotten |
 | `pool_added` `scaled` `pool_removed` | facts about a pool |
+| `enabled` `disabled` | facts: an operator wants a pool started with the supervisor from now on, or not |
 | `log_failed` | fact: a pool's log file took no more, and output was dropped (`note`d by whoever writes it) |
 | `adopted` `lost` | facts: a worker of a supervisor that is no more is ours now; it cannot be proven ours |
 | `requested` | fact: somebody asked for a change, and what was answered (`note`d by the control side, see audit) |
@@ -34,15 +37,17 @@ end before it: `relaunched` then carries `exit`, and the ended life's numbers in
 """
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
-from nssup import machine
+from nssup import history, machine
 from nssup.errors import ControlError, ExitCode
-from nssup.events import Event, Exit, Input, Kill, Remove, Restart, Start, State, Tick, Unready
-from nssup.machine import Action, Forget, KillTree, RunCommand, SignalMain, SignalTree, Worker
+from nssup.events import Event, Exit, Fail, Input, Kill, Reload, Remove, Reset, Restart, Start, State, Tick, Unready
+from nssup.machine import Action, FailPool, Forget, KillTree, RunCommand, SignalMain, SignalTree, Worker
+from nssup.restart import TOO_MANY
 from nssup.spec import SIGKILL, PoolSpec
 
 Actions: TypeAlias = list[tuple[str, Action]]
@@ -63,6 +68,10 @@ EVENTS = frozenset(EVENT_OF.values()) | {
     "became_unready",
     "command_run",
     "signalled",
+    "intensity_exceeded",
+    "reset",
+    "enabled",
+    "disabled",
     "removed",
     "pool_added",
     "scaled",
@@ -136,6 +145,7 @@ class WorkerSet:
         self._heap: list[tuple[float, str]] = []
         # Generations of workers that were removed: the numbers of one id never repeat, not even in a new pool.
         self._numbers: dict[str, int] = {}
+        self._lives: dict[str, deque[history.Past]] = {}
 
     # --- pools -----------------------------------------------------------------------------------------------------
 
@@ -168,6 +178,7 @@ class WorkerSet:
             pool.wanting += 1
         if worker.deadline is not None:
             self._remember(worker.deadline, worker.id)
+        self._record_life(worker.id, history.remembered(worker))
         self._note_change(worker.id, worker)
         lost = worker.state is State.LOST
         self._say(now, "lost" if lost else "adopted", worker=worker.id, about=worker, reason=worker.reason)
@@ -199,6 +210,20 @@ class WorkerSet:
         self._say(now, "scaled", pool=name, detail={"from": spec.workers, "to": wanted})
         self.pools[name] = replace(spec, workers=wanted)
         return self._shrink(name, now) + self._grow(name, now)
+
+    def enable(self, name: str, enabled: bool, now: float) -> None:
+        """Whether the pool is to be started with the next supervisor; nothing is started or stopped now.
+
+        Raises ControlError for a pool that is not there.
+        """
+        spec = self._spec(name)
+        if spec.enabled is not enabled:
+            self.pools[name] = replace(spec, enabled=enabled)
+            self._say(now, "enabled" if enabled else "disabled", pool=name, reason="operator")
+
+    def lives(self, worker_id: str) -> tuple[history.Past, ...]:
+        """The last lives of a worker that are over, oldest first."""
+        return tuple(self._lives.get(worker_id, ()))
 
     def _spec(self, name: str) -> PoolSpec:
         try:
@@ -248,6 +273,7 @@ class WorkerSet:
             self._note_change(worker.id, self.workers[worker.id])
             return False
         self._note_change(worker.id, None)
+        self._lives.pop(worker.id, None)
         del self.workers[worker.id]
         del pool.ids[worker.index]
         self._numbers[worker.id] = worker.generation
@@ -310,7 +336,15 @@ class WorkerSet:
             gone = self._forget(new, now)
             self._drop_if_empty(new.pool, now)
             actions = actions if gone else actions[:-1]
+        elif isinstance(actions[-1], FailPool):
+            return [(worker_id, action) for action in actions] + self._fail_pool(new, now)
         return [(worker_id, action) for action in actions]
+
+    def _fail_pool(self, worker: Worker, now: float) -> Actions:
+        """All others of its pool that are to be up go down, and have failed."""
+        ids = self._state[worker.pool].ids
+        others = [ids[index] for index in sorted(ids, reverse=True) if index != worker.index]
+        return [action for worker_id in others for action in self._step(worker_id, Fail(), now)]
 
     def _changed(self, worker_id: str, old: Worker, new: Worker, now: float) -> Worker:
         """Keep new, its deadline, and the count of its pool's wishes."""
@@ -319,6 +353,7 @@ class WorkerSet:
         if new.exit is not None and not new.exit.at:
             new = replace(new, exit=replace(new.exit, at=self._wall(now)))
         self.workers[worker_id] = new
+        self._record_life(worker_id, history.past(old, new))
         self._note_change(worker_id, new)
         if new.deadline is not None and new.deadline != old.deadline:
             self._remember(new.deadline, worker_id)
@@ -328,6 +363,10 @@ class WorkerSet:
             # Scaling to nothing is no wish to be down.
             pool.up = pool.wanting > 0 or (pool.up and new.removing)
         return new
+
+    def _record_life(self, worker_id: str, past: history.Past | None) -> None:
+        if past is not None:
+            self._lives.setdefault(worker_id, deque(maxlen=history.LIVES_KEPT)).append(past)
 
     def _remember(self, deadline: float, worker_id: str) -> None:
         heapq.heappush(self._heap, (deadline, worker_id))
@@ -359,9 +398,11 @@ class WorkerSet:
         relaunch = new.generation > old.generation
         if new.state is old.state and not relaunch:
             if signal:
-                reason = "operator" if isinstance(event, Kill) else new.reason
+                reason = "operator" if isinstance(event, Kill | Reload) else new.reason
                 name = "command_run" if "command" in signal else "signalled"
                 self._say(now, name, worker=worker_id, about=new, reason=reason, detail=signal)
+            elif isinstance(event, Reset) and new is not old:
+                self._say(now, "reset", worker=worker_id, reason="operator")
             elif new.ready is not old.ready:
                 name = "became_ready" if new.ready else "became_unready"
                 reason = event.reason if isinstance(event, Unready) else None
@@ -382,6 +423,10 @@ class WorkerSet:
             exit=ended,
             detail=detail,
         )
+        intensity = self.pools[new.pool].restart.intensity
+        if intensity is not None and new.reason == TOO_MANY and old.reason != TOO_MANY:
+            detail = {"deaths": intensity.deaths, "within": intensity.within, "then": intensity.then}
+            self._say(now, "intensity_exceeded", worker=worker_id, generation=old.generation, detail=detail)
 
     def _say(
         self,
@@ -430,7 +475,8 @@ def _life(w: Worker) -> dict[str, Any]:
 def _event_name(old: Worker, new: Worker) -> str:
     if new.state is State.STARTING and new.restarts > old.restarts:
         return "relaunched"
-    if new.state is State.STOPPING and new.want_up and not new.again and (new.exit or not new.alive):
+    ended = old.alive and (not new.alive or (new.exit is not None and old.exit is None))
+    if new.state is State.STOPPING and ended:
         return "main_exited"
     return EVENT_OF[new.state]
 

@@ -371,12 +371,34 @@ GOLDEN = (
 
 
 def test_golden_body() -> None:
-    assert keep(GOLDEN_KEPT).hex() == GOLDEN
+    """What is written now begins as it always did."""
     assert restore("web/3", bytes.fromhex(GOLDEN)) == GOLDEN_KEPT
+    first, now = (msgspec.msgpack.decode(body) for body in (bytes.fromhex(GOLDEN), keep(GOLDEN_KEPT)))
+    history = KEPT.index("history")
+    assert now[history] == [*first[history], 0, 0, []]
+    assert now[:history] + now[history + 1 : len(first)] == first[:history] + first[history + 1 :]
+    assert restore("web/3", keep(GOLDEN_KEPT)) == GOLDEN_KEPT
+
+
+def test_deaths_are_kept_to_the_millisecond_and_the_newest_if_not_all_fit() -> None:
+    deaths = tuple(1000.0 + 0.7501 * n for n in range(200))
+    few = replace(GOLDEN_KEPT, history=History(waits=3, deaths=deaths[:5]))
+    kept = restore("web/3", keep(few))
+    assert kept is not None
+    assert kept.history.deaths == pytest.approx(deaths[:5], abs=0.001)
+    assert kept.last_exit == few.last_exit
+    kept = restore("web/3", keep(replace(GOLDEN_KEPT, history=History(waits=3, deaths=deaths))))
+    assert kept is not None
+    assert len(kept.history.deaths) > 20
+    assert kept.history.deaths == pytest.approx(deaths[-len(kept.history.deaths) :], abs=0.001)
+    assert kept.last_exit is None
 
 
 def test_bodies_of_other_versions() -> None:
     values = msgspec.msgpack.decode(bytes.fromhex(GOLDEN))
+    history = [*values[:7], [*values[7], 1, 2, [7.5, 500], "tomorrow"], *values[8:]]
+    restored = restore("web/3", msgspec.msgpack.encode(history))
+    assert restored == replace(GOLDEN_KEPT, history=History(3, True, 1, 2, (7.0, 7.5)))
     since = [getattr(GOLDEN_KEPT, name) for name in KEPT[len(values) :]]
     more = msgspec.msgpack.encode([*values[:-1], [*values[-1], "tomorrow"], *since, {"a": "field"}, 17])
     assert restore("web/3", more) == GOLDEN_KEPT

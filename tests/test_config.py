@@ -18,7 +18,19 @@ from hypothesis import strategies as st
 from nssup import config, keys, locate, spec
 from nssup.errors import ExitCode, Problem, SpecError
 from nssup.record import Identity
-from nssup.spec import Backoff, ControlSpec, LogSpec, PoolSpec, RestartPolicy, StopStep, SupervisorSpec, User
+from nssup.spec import (
+    Backoff,
+    ControlSpec,
+    Intensity,
+    LogSpec,
+    PoolSpec,
+    ReloadSpec,
+    RestartPolicy,
+    Rule,
+    StopStep,
+    SupervisorSpec,
+    User,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,11 +165,14 @@ init = false
 namespaces = ["pid", "mount", "user"]
 proc = false
 stop = [{ signal = "INT", wait = "1m" }, { signal = 15, wait = "10s" }, "kill"]
+reload = { signal = "HUP" }
 
 [pool.web.restart]
 policy = "on-failure"
-success = [0, 3]
+success = [0, 3, "TERM"]
 settle = "2s"
+intensity = { deaths = 3, within = "1m", then = "fail-pool" }
+rules = [{ exit = [75], then = "restart-now" }, { exit = [78], signal = ["SEGV", 6], then = "fail" }]
 backoff = { first = "200ms", factor = 3, max = "1m", jitter = 0, reset_after = "1h" }
 
 [pool.web.limits.rlimits]
@@ -196,10 +211,16 @@ def test_every_key() -> None:
             namespaces=("pid", "mount", "user"),
             proc=False,
             stop=(StopStep(2, 60.0), StopStep(15, 10.0), StopStep(None)),
+            reload=ReloadSpec(signal=1),
             restart=RestartPolicy(
                 policy="on-failure",
-                success=(0, 3),
+                success=(0, 3, -15),
                 settle=2.0,
+                intensity=Intensity(deaths=3, within=60.0, then="fail-pool"),
+                rules=(
+                    Rule(then="restart-now", exit=(75,)),
+                    Rule(then="fail", exit=(78,), signal=(11, 6)),
+                ),
                 backoff=Backoff(first=0.2, factor=3.0, max=60.0, jitter=0.0, reset_after=3600.0),
             ),
             rlimits={
@@ -289,7 +310,7 @@ NO_DURATION = 'write a number and its unit (us, ms, s, m, h, d), such as "10s" o
         ("nofile = 1", "4:1: pool.p.nofile: unknown key: did you mean limits.rlimits.nofile?"),
         ("limits.nofile = 1", "4:8: pool.p.limits.nofile: unknown key: did you mean rlimits.nofile?"),
         ("log.marge = true", "4:5: pool.p.log.marge: unknown key: did you mean merge?"),
-        ("restart.x = 1", "4:9: pool.p.restart.x: unknown key: the keys here are policy, success, settle, backoff"),
+        ("restart.x = 1", "4:9: pool.p.restart.x: unknown key: the keys here are policy, success, settle, backoff, intensity, rules"),
         ('"a b" = 1', '4:1: pool.p."a b": unknown key: the keys here are ' + ", ".join(n for n, k in keys.POOL.items() if k.kind)),
         # types
         ("workers = '3'", "4:1: pool.p.workers: must be a whole number, not a text"),
@@ -423,7 +444,7 @@ def test_what_comes_later_is_what_interface_promises() -> None:
     """The keys that people may write by the promised interface: each is there, or refused as not yet there."""
     for path in (
         "requires rolling recycle isolation credentials sockets "
-        "limits.memory limits.cpu limits.pids limits.io limits.oom restart.intensity restart.rules log.size log.age log.keep "
+        "limits.memory limits.cpu limits.pids limits.io limits.oom log.size log.age log.keep "
         "log.total log.compress log.fsync log.multiline log.rate log.sink log.overflow log.on_error"
     ).split():
         assert "not in this version" in wrong_pool(f"{path} = 1")[0]
@@ -964,6 +985,9 @@ def test_the_table_has_a_key_for_every_field_of_a_spec() -> None:
     assert fields(PoolSpec) - {"name", "rlimits"} <= set(keys.POOL)
     assert fields(RestartPolicy) <= set(keys.RESTART)
     assert fields(Backoff) == set(keys.BACKOFF)
+    assert fields(Intensity) == set(keys.INTENSITY)
+    assert fields(Rule) == set(keys.RULE)
+    assert fields(ReloadSpec) == set(keys.RELOAD)
     assert fields(LogSpec) <= set(keys.LOG)
     assert fields(SupervisorSpec) <= set(keys.SUPERVISOR)
     assert tuple(keys.RLIMITS) == spec.RLIMITS

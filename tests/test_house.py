@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 ROWS = [
     "errors units locate verbs",
     "spec events record wire keys document envfile handover",
-    "machine restart deps rollout schedule adopt lines config diff render selection plan openapi access audit "
+    "machine restart history deps rollout schedule adopt lines config diff render selection plan openapi access audit "
     "readiness",
     "workers",
     "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
@@ -41,6 +41,8 @@ WITHIN_ROW = {
     ("machine", "restart"),
     ("adopt", "machine"),
     ("readiness", "machine"),
+    ("adopt", "restart"),
+    ("history", "machine"),
     ("custody", "clone"),
     ("custody", "desired"),
     ("custody", "lives"),

@@ -16,6 +16,7 @@ from nssup.events import (
     Empty,
     Exit,
     Exited,
+    Fail,
     Gone,
     Input,
     Kill,
@@ -24,7 +25,9 @@ from nssup.events import (
     LifeInput,
     Passed,
     Ready,
+    Reload,
     Remove,
+    Reset,
     Restart,
     Running,
     SetupFailed,
@@ -56,7 +59,7 @@ from nssup.spec import Backoff, PoolSpec, RestartPolicy, StopStep
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-WISHES: list[type[Input]] = [Start, Stop, Restart, Remove, Kill]
+WISHES: list[type[Input]] = [Start, Stop, Restart, Remove, Kill, Reset, Reload, Fail]
 HEALTH: list[type[LifeInput]] = [Passed, Ready, Unready, Sick, Alive, CommandFailed]
 NEWS: list[type[LifeInput]] = [Launched, LaunchFailed, Started, Running, SetupFailed, Exited, Empty, Gone, *HEALTH]
 INPUTS = [*WISHES, *NEWS, Tick]
@@ -140,6 +143,9 @@ def example(kind: type[Input], generation: int = 1) -> Input:
         Restart: Restart(),
         Remove: Remove(),
         Kill: Kill(1),
+        Reset: Reset(),
+        Reload: Reload(),
+        Fail: Fail(),
         Tick: Tick(),
         Launched: Launched(generation, 5),
         LaunchFailed: LaunchFailed(generation, "setup-failed:clone:EAGAIN"),

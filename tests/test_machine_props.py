@@ -28,6 +28,7 @@ from nssup.events import (
     Event,
     Exit,
     Exited,
+    Fail,
     Gone,
     Input,
     Kill,
@@ -36,6 +37,8 @@ from nssup.events import (
     LifeInput,
     Passed,
     Ready,
+    Reload,
+    Reset,
     Restart,
     Running,
     SetupFailed,
@@ -47,8 +50,20 @@ from nssup.events import (
     Tick,
     Unready,
 )
-from nssup.machine import TABLE, Forget, KillTree, Launch, RunCommand, SignalMain, SignalTree, Worker, asks_readiness
-from nssup.spec import Backoff, PoolSpec, Probe, RestartPolicy, StopStep
+from nssup.machine import (
+    TABLE,
+    FailPool,
+    Forget,
+    KillTree,
+    Launch,
+    RunCommand,
+    SignalMain,
+    SignalTree,
+    Worker,
+    asks_readiness,
+)
+from nssup.restart import FAULTS, NEVER_RAN
+from nssup.spec import Backoff, Intensity, PoolSpec, Probe, ReloadSpec, RestartPolicy, Rule, StopStep
 from nssup.workers import EVENTS, Actions, WorkerSet
 
 if TYPE_CHECKING:
@@ -85,7 +100,29 @@ SPECS = {
         watchdog=5.0,
     ),
     "asked": PoolSpec(name="asked", command=("app",), restart=RestartPolicy(policy="never"), ready=Probe(notify="fd")),
-    "bare": PoolSpec(name="bare", command=("app",), init=False, restart=RestartPolicy(policy="on-failure")),
+    "strict": PoolSpec(
+        name="strict",
+        command=("app",),
+        workers=2,
+        restart=RestartPolicy(
+            settle=0.2,
+            backoff=QUICK,
+            intensity=Intensity(deaths=3, within=30.0, then="fail-pool"),
+            rules=(Rule(then="stop", exit=(3,)), Rule(then="restart-now", signal=(11,))),
+        ),
+        reload=ReloadSpec(signal=1),
+    ),
+    "patient": PoolSpec(
+        name="patient",
+        command=("app",),
+        restart=RestartPolicy(backoff=QUICK, intensity=Intensity(deaths=2, within=10.0, then="backoff")),
+    ),
+    "bare": PoolSpec(
+        name="bare",
+        command=("app",),
+        init=False,
+        restart=RestartPolicy(policy="on-failure", rules=(Rule(then="stop", exit=(3,)),)),
+    ),
 }
 EXITS = [
     Exit(reason="exit:0", code=0, at=1.0),
@@ -126,6 +163,7 @@ class Core(RuleBasedStateMachine):
         self.lives: dict[str, list[Life]] = {}  # those not reaped, oldest first
         self.newest: dict[str, int] = {}  # generations ever launched, by id
         self.wanted: dict[str, bool] = {}  # what operators said last
+        self.deaths: dict[str, list[float]] = {}  # since then
         self.name = ""  # the pool's
         self.leaving = False  # the pool is being removed
         self.resizing = False  # its size is being changed
@@ -155,15 +193,26 @@ class Core(RuleBasedStateMachine):
             elif isinstance(action, Forget):
                 assert not self.lives.pop(worker_id), "forgotten while something of it is left"
                 assert not self.wanted.pop(worker_id, False) or self.resizing
+                self.deaths.pop(worker_id, None)
+            elif isinstance(action, FailPool):
+                self.the_pool_is_going_down(worker_id)
             else:
                 assert isinstance(action, SignalMain | SignalTree | KillTree | RunCommand)
                 self.signal(lives, action)
+
+    def the_pool_is_going_down(self, culprit: str) -> None:
+        for worker_id, worker in self.set.workers.items():
+            down = worker.state in FINAL or worker.condemned or worker.outcome is not None or not worker.want_up
+            assert down, f"{worker_id} goes on though {culprit} died too often"
 
     def launch(self, worker_id: str, lives: list[Life], generation: int) -> None:
         assert all(life.over for life in lives), "a second life beside one that is not over"
         assert generation > self.newest.get(worker_id, 0), "a generation came twice"
         sized = self.resizing and int(worker_id.partition("/")[2]) < self.set.pools[self.name].workers
         assert sized or self.wanted.get(worker_id), "launched though an operator wants it down"
+        if limit := SPECS[self.name].restart.intensity:
+            recent = [at for at in self.deaths.get(worker_id, []) if at > self.now - limit.within + 1e-6]
+            assert len(recent) < limit.deaths, "launched though it died too often"
         self.newest[worker_id] = generation
         lives.append(Life(generation))
 
@@ -179,7 +228,22 @@ class Core(RuleBasedStateMachine):
             assert not life.ended, "a signal to a program that has ended"
 
     def feed(self, worker_id: str, event: Input) -> None:
-        self.do(self.set.feed(worker_id, event, self.now))
+        before = self.set.workers[worker_id]
+        actions = self.set.feed(worker_id, event, self.now)
+        if after := self.set.workers.get(worker_id):
+            self.notice(before, after)
+        self.do(actions)
+
+    def notice(self, before: Worker, after: Worker) -> None:
+        """An end by itself, and what may follow from it without an operator's word."""
+        ended = after.last_exit
+        if after.last_life == before.last_life or ended is None or before.again or before.condemned:
+            return
+        if before.want_up and not ended.reason.startswith(NEVER_RAN):
+            self.deaths.setdefault(before.id, []).append(self.now)
+        halts = any(rule.then == "stop" and ended.code in rule.exit for rule in SPECS[self.name].restart.rules)
+        if halts and ended.reason not in FAULTS:
+            self.wanted[before.id] = False
 
     # --- what operators do -----------------------------------------------------------------------------------------
 
@@ -187,6 +251,7 @@ class Core(RuleBasedStateMachine):
         self.resizing = True
         self.do(change())
         self.resizing = False
+        self.deaths.clear()
         for worker_id, worker in self.set.workers.items():
             self.wanted[worker_id] = worker.want_up
             assert worker.index < self.set.pools[self.name].workers or not worker.want_up
@@ -225,6 +290,17 @@ class Core(RuleBasedStateMachine):
             self.wanted[worker.id] = False
         elif worker.index < self.set.pools[worker.pool].workers:
             self.wanted[worker.id] = True
+            self.deaths.pop(worker.id, None)
+        self.feed(worker.id, event)
+
+    @precondition(lambda self: self.set.workers)
+    @rule(number=NUMBERS, event=st.sampled_from([Reset(), Reload(), Fail()]))
+    def ask(self, number: int, event: Input) -> None:
+        worker = self.worker(number)
+        if isinstance(event, Reset):
+            self.deaths.pop(worker.id, None)
+            if State.FAILED in (worker.state, worker.outcome) or worker.condemned:
+                self.wanted[worker.id] = False
         self.feed(worker.id, event)
 
     @precondition(lambda self: self.set.workers)
@@ -470,7 +546,7 @@ def test_every_declared_way_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
         return after
 
     monkeypatch.setattr(machine, "step", watched)
-    for walk in range(400):
+    for walk in range(1200):
         stroll(random.Random(walk), sorted(SPECS)[walk % len(SPECS)])
     # Nothing leads to lost but adoption, which is not part of this model.
     declared = {(state, kind, to) for (state, kind), edge in TABLE.items() for to in edge.to if state is not State.LOST}
@@ -492,6 +568,7 @@ def stroll(chance: random.Random, name: str) -> None:
         lambda: core.scale(one_of(0, 1, 2)),
         lambda: core.wish(number(), one_of(Start(), Start(), Stop(), Restart())),
         lambda: core.kill(number(), one_of(1, 9), one_of(False, True)),
+        lambda: core.ask(number(), one_of(Reset(), Reload(), Fail())),
         lambda: core.wait(one_of(0.0, 0.001, 1.5)),
         lambda: core.alarm(one_of(0.0, 0.001)),
         lambda: core.stray_tick(number()),

@@ -32,7 +32,7 @@ from nssup.events import (
 )
 from nssup.loop import Supervisor
 from nssup.machine import KillTree, RunCommand, SignalMain
-from nssup.spec import PoolSpec, Probe, Reload, RestartPolicy, StopStep, validate
+from nssup.spec import PoolSpec, Probe, ReloadSpec, RestartPolicy, StopStep, validate
 from nssup.wire import Flag, Notified
 
 if TYPE_CHECKING:
@@ -250,8 +250,8 @@ def test_keys() -> None:
     assert spec.ready == Probe(http="http://127.0.0.1:{index+9000}/ready", every=0.5, timeout=1.0, successes=2)
     assert spec.live == Probe(exec=("check", "{index}"), failures=5)
     assert spec.stop == (StopStep(None, 5.0, ("app", "quit")), StopStep(2, 1.0), StopStep(None))
-    assert spec.reload == Reload(command=("app", "reload"))
-    assert pool('reload = { signal = "HUP" }').reload == Reload(signal=1)
+    assert spec.reload == ReloadSpec(command=("app", "reload"))
+    assert pool('reload = { signal = "HUP" }').reload == ReloadSpec(signal=1)
     assert pool('ready = { notify = "fd", fd = 7 }').ready == Probe(notify="fd", fd=7)
 
 

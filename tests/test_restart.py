@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nssup.events import Exit
-from nssup.restart import FORGOTTEN, MIN_WAIT, Again, Finished, GaveUp, History, decide, wait
+from nssup.restart import FORGOTTEN, MIN_WAIT, Again, Finished, GaveUp, History, Verdict, decide, wait
 from nssup.spec import Backoff, RestartPolicy
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ def decided(
     history: History = FORGOTTEN,
     uptime: float | None = 0.0,
     generation: int = 1,
-) -> Again | Finished | GaveUp:
-    return decide(policy, kind, history, exit, uptime, seed="seed", worker_id="web/3", generation=generation)
+    now: float = 1000.0,
+) -> Verdict:
+    return decide(policy, kind, history, exit, uptime, now=now, seed="seed", worker_id="web/3", generation=generation)
 
 
 @pytest.mark.parametrize(
