@@ -705,9 +705,8 @@ class Supervisor:
                 self._queue_launch(worker_id, action.generation)
             elif isinstance(action, machine.Forget):
                 continue
-            elif isinstance(action, machine.FailPool):
-                if action.shutdown:  # of its pool the workers have taken care
-                    self.shutdown()
+            elif isinstance(action, machine.EndSupervisor):
+                self.shutdown()
             else:
                 self._act_on_life(worker_id, action)
         self._arm()

@@ -95,9 +95,11 @@ class KillTree(Action, frozen=True, gc=False):
 
 
 class FailPool(Action, frozen=True, gc=False):
-    """It died too often: what is to become of others. shutdown: of everybody; else of the workers of its pool."""
+    """It died too often: the other workers of its pool are to fail with it. Workers take care of that."""
 
-    shutdown: bool = False
+
+class EndSupervisor(Action, frozen=True, gc=False):
+    """It died too often, and without it nothing makes sense: the supervisor is to stop everything and end."""
 
 
 class Forget(Action, frozen=True, gc=False):
@@ -572,7 +574,7 @@ def _give_up(w: Worker, verdict: restart.GaveUp, ended: Exit) -> Step:
     after, actions = _rest(replace(w, history=verdict.history), State.FAILED, verdict.reason or ended.reason)
     if verdict.then == "fail":
         return after, actions
-    return after, (*actions, FailPool(shutdown=verdict.then == "shutdown"))
+    return after, (*actions, FailPool() if verdict.then == "fail-pool" else EndSupervisor())
 
 
 def _rest(w: Worker, state: State, reason: str | None) -> Step:

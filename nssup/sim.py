@@ -31,7 +31,7 @@ from nssup.events import (
     SetupFailed,
     Started,
 )
-from nssup.machine import FailPool, Forget, KillTree, Launch, RunCommand, SignalMain, SignalTree, asks_readiness
+from nssup.machine import EndSupervisor, Forget, KillTree, Launch, RunCommand, SignalMain, SignalTree, asks_readiness
 from nssup.spec import SIGKILL, PoolSpec
 from nssup.workers import Actions, WorkerSet
 
@@ -211,7 +211,7 @@ class Simulation:
                     raise ImpossibleEvent(f"{worker_id} is forgotten, though something of it is left")
             elif isinstance(action, SignalMain | SignalTree | KillTree | RunCommand):
                 self._signal(worker_id, action)
-            elif isinstance(action, FailPool) and action.shutdown:
+            elif isinstance(action, EndSupervisor):
                 self.ended = True
         self.bounds.most_deadlines = max(self.bounds.most_deadlines, self.workers.pending())
         self.bounds.most_news = max(self.bounds.most_news, len(self._news))

@@ -70,8 +70,8 @@ class Intensity(msgspec.Struct, frozen=True, kw_only=True):
     """How many deaths within how many seconds are too many, and what follows then.
 
     A death: the program ended by itself, however, and would be launched again. fail: the worker has failed. fail-pool:
-    so have all workers of its pool that are to be up. shutdown: and the supervisor ends. backoff: the next launch waits
-    until there are fewer deaths within that time.
+    so have all workers of its pool that are to be up. shutdown: it has, and the supervisor ends. backoff: the next
+    launch waits until there are fewer deaths within that time.
     """
 
     deaths: int

@@ -337,7 +337,7 @@ class WorkerSet:
             self._drop_if_empty(new.pool, now)
             actions = actions if gone else actions[:-1]
         elif isinstance(actions[-1], FailPool):
-            return [(worker_id, action) for action in actions] + self._fail_pool(new, now)
+            return [(worker_id, action) for action in actions[:-1]] + self._fail_pool(new, now)
         return [(worker_id, action) for action in actions]
 
     def _fail_pool(self, worker: Worker, now: float) -> Actions:

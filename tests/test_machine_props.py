@@ -52,7 +52,6 @@ from nssup.events import (
 )
 from nssup.machine import (
     TABLE,
-    FailPool,
     Forget,
     KillTree,
     Launch,
@@ -62,7 +61,7 @@ from nssup.machine import (
     Worker,
     asks_readiness,
 )
-from nssup.restart import FAULTS, NEVER_RAN
+from nssup.restart import FAULTS, NEVER_RAN, TOO_MANY
 from nssup.spec import Backoff, Intensity, PoolSpec, Probe, ReloadSpec, RestartPolicy, Rule, StopStep
 from nssup.workers import EVENTS, Actions, WorkerSet
 
@@ -194,16 +193,9 @@ class Core(RuleBasedStateMachine):
                 assert not self.lives.pop(worker_id), "forgotten while something of it is left"
                 assert not self.wanted.pop(worker_id, False) or self.resizing
                 self.deaths.pop(worker_id, None)
-            elif isinstance(action, FailPool):
-                self.the_pool_is_going_down(worker_id)
             else:
                 assert isinstance(action, SignalMain | SignalTree | KillTree | RunCommand)
                 self.signal(lives, action)
-
-    def the_pool_is_going_down(self, culprit: str) -> None:
-        for worker_id, worker in self.set.workers.items():
-            down = worker.state in FINAL or worker.condemned or worker.outcome is not None or not worker.want_up
-            assert down, f"{worker_id} goes on though {culprit} died too often"
 
     def launch(self, worker_id: str, lives: list[Life], generation: int) -> None:
         assert all(life.over for life in lives), "a second life beside one that is not over"
@@ -232,7 +224,14 @@ class Core(RuleBasedStateMachine):
         actions = self.set.feed(worker_id, event, self.now)
         if after := self.set.workers.get(worker_id):
             self.notice(before, after)
+            if after.reason == TOO_MANY and before.reason != TOO_MANY:
+                self.the_pool_is_going_down()
         self.do(actions)
+
+    def the_pool_is_going_down(self) -> None:
+        for worker in self.set.workers.values():
+            down = worker.state in FINAL or worker.condemned or worker.outcome is not None or not worker.want_up
+            assert down, f"{worker.id} goes on though one of its pool died too often"
 
     def notice(self, before: Worker, after: Worker) -> None:
         """An end by itself, and what may follow from it without an operator's word."""
