@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from nssup import render
+from nssup import procfs, render
 from nssup.custody import Orphan
 from nssup.errors import ControlError, ExitCode
 from nssup.events import Event, Input, State
@@ -43,6 +43,10 @@ class Supervisor(Source, Protocol):
     def scale_pools(self, wanted: Mapping[str, int]) -> None: ...
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]: ...
     def host_pid_owner(self, host_pid: int) -> str | None: ...
+    def environment(self, worker_id: str) -> Sequence[bytes]: ...
+    def configured_workers(self, pool: str) -> int | None: ...
+    def tree(self, worker_id: str) -> Sequence[procfs.Process]: ...
+    def signal_inside(self, worker_id: str, ns_pid: int, signo: int) -> bool: ...
     def orphans(self) -> Sequence[Orphan]: ...
     def set_aside(self) -> Sequence[str]: ...
     def outlives_us(self, worker_id: str) -> bool: ...
@@ -93,6 +97,14 @@ class StatusQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     width: Count | None = None
 
 
+class Selection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """color, width: of the text."""
+
+    select: list[str] = []
+    color: bool = False
+    width: Count | None = None
+
+
 class WorkersQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     select: list[str] = []
     pool: str | None = None
@@ -128,10 +140,11 @@ class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KillCommand(Command, frozen=True, forbid_unknown_fields=True):
-    """signal: name or number. tree: to every process of the worker."""
+    """signal: name or number. tree: to every process of the worker. ns_pid: to that one, by its PID in there."""
 
     signal: str | int = "TERM"
     tree: bool = False
+    ns_pid: Annotated[int, msgspec.Meta(ge=2, le=1 << 22)] | None = None
 
 
 class ScaleCommand(Command, frozen=True, forbid_unknown_fields=True, kw_only=True):

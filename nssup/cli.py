@@ -122,7 +122,7 @@ def _add_option(sub: "ArgumentParser", option: Option) -> None:
     if not option.takes_value:
         sub.add_argument(*option.names, dest=option.field, action=_SWITCH[option.kind], help=option.help)
         return
-    converted = {"type": _seconds} if option.kind == "seconds" else {}
+    converted = {"type": _TYPES[option.kind]} if option.kind in _TYPES else {}
     chosen = {"choices": option.choices} if option.choices else {"metavar": option.metavar}
     sub.add_argument(*option.names, dest=option.field, help=option.help, **chosen, **converted)  # type: ignore[arg-type]
 
@@ -140,6 +140,14 @@ def _add_operands(sub: "ArgumentParser", operands: str) -> None:
         sub.add_argument("selectors", nargs=operands[-1], metavar="SEL", help=SELECTORS)
 
 
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
 def _seconds(text: str) -> float:
     seconds = fast.duration(text)
     if seconds is None:
@@ -147,6 +155,9 @@ def _seconds(text: str) -> float:
 
         raise ArgumentTypeError(f"{text!r} is no time: write seconds, or 500ms, 10s, 5m, 1h")
     return seconds
+
+
+_TYPES: "dict[str, Callable[[str], object]]" = {"seconds": _seconds, "number": _whole}
 
 
 # --- up, check, version --------------------------------------------------------------------------------------------

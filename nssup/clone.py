@@ -375,10 +375,12 @@ class Process:
         found, self._unheard = self._unheard if self.awaits_state else [], []
         return found
 
-    def signal(self, signo: int, *, tree: bool = False, stop_steps: int = 0) -> None:
-        """Send signo to the program, or to every process of the namespace but init (tree). stop_steps: see wire."""
+    def signal(self, signo: int, *, tree: bool = False, stop_steps: int = 0, ns_pid: int | None = None) -> None:
+        """Send signo to the program; to every process of the namespace but init (tree); or to one of it (ns_pid).
+        stop_steps: see wire."""
         if self.has_init:
-            self._send(wire.signal(self._epoch, signo, wire.SIGNAL_ALL if tree else wire.SIGNAL_MAIN, stop_steps))
+            target = wire.SIGNAL_ALL if tree else wire.SIGNAL_MAIN if ns_pid is None else ns_pid
+            self._send(wire.signal(self._epoch, signo, target, stop_steps))
         else:
             self._signal_init(signo)
 

@@ -18,6 +18,7 @@ from nssup.api import Answer, Call, Form, Reply, Supervisor, Upgrade, bad, failu
 from nssup.desk import Desk
 from nssup.errors import ControlError
 from nssup.listener import Listener
+from nssup.locate import Path
 from nssup.routes import ROUTES, Route
 
 
@@ -36,9 +37,13 @@ class Control:
     """The application that http.Server serves."""
 
     def __init__(
-        self, supervisor: Supervisor, upgrade: Upgrade | None = None, roles: Mapping[int, Role] | None = None
+        self,
+        supervisor: Supervisor,
+        upgrade: Upgrade | None = None,
+        roles: Mapping[int, Role] | None = None,
+        origins: Mapping[Path, str] | None = None,
     ) -> None:
-        self._desk = Desk(supervisor, upgrade)
+        self._desk = Desk(supervisor, upgrade, origins)
         self._access = Access(os.geteuid(), roles or {})
         self._pid_namespace = procfs.pid_namespace("self")
 
@@ -180,7 +185,7 @@ class ControlServer(http.Server):
 
     path: of the socket, or a Listener made earlier. lock_held: the caller holds the lock of the supervisor's
     directories, so a stale socket file may be replaced. upgrade: who can do `reexec`; None: nobody.
-    roles: gid -> what its members may do, beside root and our own user.
+    roles: gid -> what its members may do, beside root and our own user. origins: where the config says what.
     Raises ControlError on entering when the socket is not to be had.
     """
 
@@ -193,5 +198,6 @@ class ControlServer(http.Server):
         limits: http.Limits | None = None,
         upgrade: Upgrade | None = None,
         roles: Mapping[int, Role] | None = None,
+        origins: Mapping[Path, str] | None = None,
     ) -> None:
-        super().__init__(path, Control(supervisor, upgrade, roles), lock_held=lock_held, limits=limits)
+        super().__init__(path, Control(supervisor, upgrade, roles, origins), lock_held=lock_held, limits=limits)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -10,6 +10,7 @@ from nssup import render
 from nssup.api import Follow, Supervisor, Upgrade
 from nssup.errors import ExitCode
 from nssup.events import Event, Input
+from nssup.locate import Path
 from nssup.operation import Judge, Operation
 from nssup.selection import Selected, select
 from nssup.snapshot import event_line, members
@@ -60,8 +61,12 @@ class Followed:
 class Desk:
     """What all handlers share. closed: nothing may wait any more."""
 
-    def __init__(self, supervisor: Supervisor, upgrade: Upgrade | None = None) -> None:
+    def __init__(
+        self, supervisor: Supervisor, upgrade: Upgrade | None = None, origins: Mapping[Path, str] | None = None
+    ) -> None:
+        """origins: where the config says what, as config.Config has it."""
         self.supervisor = supervisor
+        self.origins = {} if origins is None else origins
         self.upgrade = upgrade
         self.events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self.followers: set[Followed] = set()

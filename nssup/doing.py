@@ -85,6 +85,8 @@ def kill(desk: Desk, call: Call) -> Answer:
         signo = units.signal_number(str(command.signal))
     except ValueError as e:
         raise usage(f"{command.signal}: {e}") from None
+    if command.ns_pid is not None:
+        return _kill_inside(desk, call, command.ns_pid, signo)
     there = desk.supervisor.workers.workers
     judge = operation.aim(command.wait, operation.at_once, ())
     work: list[tuple[str, Input | None, Judge]] = []
@@ -93,6 +95,15 @@ def kill(desk: Desk, call: Call) -> Answer:
         reachable = w.alive and (w.init_host_pid if command.tree else w.host_pid) is not None
         work.append((each, Kill(signo, command.tree), judge) if reachable else (each, None, operation.never))
     return _run(desk, "kill", work, command.timeout, call.text)
+
+
+def _kill_inside(desk: Desk, call: Call, ns_pid: int, signo: int) -> Answer:
+    command: KillCommand = call.command
+    workers = _meant(desk, command, "kill")
+    if len(workers) != 1 or command.tree:
+        raise usage("kill: --ns-pid means one process of one worker", "nssup ctl tree WORKER shows them")
+    sent = desk.supervisor.signal_inside(workers[0], ns_pid, signo)
+    return _run(desk, "kill", [(workers[0], None, operation.at_once if sent else operation.never)], None, call.text)
 
 
 def scale(desk: Desk, call: Call) -> Answer:

@@ -49,6 +49,8 @@ def _set(o: Options, option: Option, text: str) -> bool:
     value: object = text
     if option.kind == "seconds":
         value = duration(text)
+    elif option.kind == "number":
+        value = int(text) if text.isascii() and text.isdigit() else None
     elif option.kind == "choice" and text not in option.choices:
         value = None
     if not text or value is None:

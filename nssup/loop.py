@@ -684,6 +684,30 @@ class Supervisor:
         host_pid = self.workers.workers[worker_id].host_pid
         return None if host_pid is None else procfs.stat(host_pid)
 
+    def environment(self, worker_id: str) -> tuple[bytes, ...]:
+        """`NAME=value`, what the worker's present or next life has; fields filled in."""
+        worker = self.workers.workers[worker_id]
+        return self._prepared[worker.pool].plan(worker.index, max(worker.generation, 1)).env
+
+    def configured_workers(self, pool: str) -> int | None:
+        """How many workers the config gives the pool, whatever `scale` said since."""
+        return self._configured.get(pool)
+
+    def signal_inside(self, worker_id: str, ns_pid: int, signo: int) -> bool:
+        """A signal to one process of the worker, by its PID in there. False when nobody can pass it on: the worker is
+        down, or has no init. Whether there is such a process, init alone knows."""
+        worker = self.workers.workers[worker_id]
+        life = self._lives.get((worker_id, worker.generation))
+        if life is None or life.over or not life.process.has_init:
+            return False
+        life.process.signal(signo, ns_pid=ns_pid)
+        return True
+
+    def tree(self, worker_id: str) -> list[procfs.Process]:
+        """The processes of the worker, its init first; none when it is down."""
+        init_host_pid = self.workers.workers[worker_id].init_host_pid
+        return [] if init_host_pid is None else procfs.tree(init_host_pid)
+
     def host_pid_owner(self, host_pid: int) -> str | None:
         """The worker in whose tree this host PID is."""
         inits = {life.process.init_host_pid: life.worker_id for life in self._lives.values()}

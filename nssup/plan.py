@@ -32,7 +32,7 @@ _BASE = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8"}
 _PASSED_ON = ("PATH", "LANG", "TZ")
 # What the supervisor's own manager told it, and is a lie to anybody else.
 _NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_*", "LISTEN_*")
-_OWN = ("NSSUP_POOL", "NSSUP_INDEX", "NSSUP_ID", "NSSUP_GENERATION")  # whatever the pool says of them
+OWN_VARIABLES = ("NSSUP_POOL", "NSSUP_INDEX", "NSSUP_ID", "NSSUP_GENERATION")  # whatever the pool says of them
 
 
 class Account(NamedTuple):
@@ -82,7 +82,7 @@ def prepare(
     if spec.watchdog is not None:
         env["WATCHDOG_USEC"] = str(round(spec.watchdog * 1e6))
     varying = {name: value for name, value in spec.env.items() if "{" in value}  # the inherited may hold braces
-    fixed = tuple(_bytes(f"{name}={value}") for name, value in env.items() if name not in {*varying, *_OWN})
+    fixed = tuple(_bytes(f"{name}={value}") for name, value in env.items() if name not in {*varying, *OWN_VARIABLES})
     said = {"nofile": descriptors} if descriptors is not None else {}
     limits = tuple(
         (RLIMITS[name], UNLIMITED if soft is None else soft, UNLIMITED if hard is None else hard)
@@ -122,8 +122,8 @@ class Prepared(NamedTuple):
 
         own = (spec.name, index, f"{spec.name}/{index}", generation)
         varying = {name: fill(value) for name, value in self.varying.items()}
-        said = [f"{name}={value}" for name, value in varying.items() if name not in _OWN]
-        said += [f"{name}={value}" for name, value in zip(_OWN, own, strict=True)]
+        said = [f"{name}={value}" for name, value in varying.items() if name not in OWN_VARIABLES]
+        said += [f"{name}={value}" for name, value in zip(OWN_VARIABLES, own, strict=True)]
         argv = [fill(word) for word in spec.command]
         return Plan(
             generation=generation,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_LARGEST_TREE = 10_000
 _NAMESPACE_FILES = {"mount": "mnt"}
 
 
@@ -28,6 +29,63 @@ def stat(host_pid: int) -> Stat | None:
     fields = data[data.rindex(b")") + 2 :].split()  # a name may hold anything, also ") "
     ticks = sum(int(field) for field in fields[11:15])
     return Stat(int(fields[1]), ticks / _TICKS, int(fields[21]) * _PAGE)
+
+
+class Process(NamedTuple):
+    """One process of a worker's tree. ns_pid: in the innermost PID namespace that it is in."""
+
+    host_pid: int
+    ns_pid: int
+    parent_host_pid: int
+    threads: int
+    command: str
+    cpu_seconds: float
+    memory_bytes: int
+
+
+def process(host_pid: int) -> Process | None:
+    seen = stat(host_pid)
+    try:
+        with open(f"/proc/{host_pid}/status", "rb") as file:
+            status = dict(line.split(b":", 1) for line in file.read().splitlines() if b":" in line)
+        with open(f"/proc/{host_pid}/cmdline", "rb") as file:
+            command = file.read().rstrip(b"\0").replace(b"\0", b" ").decode("utf-8", "replace")
+    except OSError:
+        return None
+    if seen is None:
+        return None
+    numbers = status.get(b"NSpid", b"0").split()
+    command = command or f"[{status[b'Name'].strip().decode('utf-8', 'replace')}]"
+    if status.get(b"State", b"").split()[:1] == [b"Z"]:
+        command += " <defunct>"
+    threads = int(status.get(b"Threads", b"1"))
+    return Process(
+        host_pid, int(numbers[-1]), seen.parent_host_pid, threads, command, seen.cpu_seconds, seen.memory_bytes
+    )
+
+
+def tree(root_host_pid: int) -> list[Process]:
+    """The process and all its descendants, parents before children, children by age."""
+    found: list[Process] = []
+    todo = [root_host_pid]
+    while todo and len(found) < _LARGEST_TREE:
+        one = process(todo.pop())
+        if one is not None:
+            found.append(one)
+            todo += reversed(children(one.host_pid))
+    return found
+
+
+def children(host_pid: int) -> list[int]:
+    """Host PIDs of the children of all its threads; none where the kernel does not tell (CONFIG_PROC_CHILDREN)."""
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{host_pid}/task"):
+            with open(f"/proc/{host_pid}/task/{thread}/children", "rb") as file:
+                found += map(int, file.read().split())
+    except OSError:
+        pass
+    return sorted(found)
 
 
 def namespace_ids(host_pid: int | str, names: tuple[str, ...]) -> dict[str, int]:

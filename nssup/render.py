@@ -4,7 +4,7 @@ Takes the documents of the API (interface.md) and gives text; the client of a ho
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 COLUMNS = ("NAME", "STATE", "READY", "HOST-PID", "NS-PID", "UPTIME", "RESTARTS", "CPU", "MEM", "LAST-EXIT")
 _NUMBERS = frozenset({"HOST-PID", "NS-PID", "UPTIME", "RESTARTS", "CPU", "MEM"})  # to the right
@@ -244,22 +244,81 @@ def _ended_at(w: WorkerDocument) -> str:
     return (last["at"] or "") if last else ""
 
 
-def _lines(rows: list[list[str]], paints: list[str] | None, width: int | None) -> str:
-    """Aligned columns, two spaces between; the colour goes on the STATE cell, on the whole first line."""
+def _lines(
+    rows: list[list[str]], paints: list[str] | None, width: int | None, numbers: frozenset[str] = _NUMBERS
+) -> str:
+    """Aligned columns, two spaces between; the colour goes on the STATE cell, on the whole first line. The first row
+    has the names; those of numbers are to the right."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [name in _NUMBERS for name in COLUMNS]
+    right = [name in numbers for name in rows[0]]
     out = []
     for number, row in enumerate(rows):
         cells = [c.rjust(s) if r else c.ljust(s) for c, s, r in zip(row, sizes, right, strict=True)]
         line = "  ".join(cells).rstrip()
-        if width is not None and len(line) > width > 0:
-            line = line[: width - 1] + "…"
+        line = _cut(line, width)
         if paints and paints[number]:
             start = 0 if number == 0 else sizes[0] + 2
             end = len(line) if number == 0 else start + len(row[1])
             line = line[:start] + paints[number] + line[start:end] + _RESET + line[end:]
         out.append(line)
     return "\n".join(out) + "\n"
+
+
+# --- processes and what they use -------------------------------------------------------------------------------------
+
+
+class ProcessLike(Protocol):
+    @property
+    def host_pid(self) -> int: ...
+    @property
+    def ns_pid(self) -> int: ...
+    @property
+    def parent_host_pid(self) -> int: ...
+    @property
+    def command(self) -> str: ...
+
+
+class StatsDocument(TypedDict):
+    """What a whole worker uses; cpu and memory are null when it is down."""
+
+    id: str
+    state: str
+    processes: int
+    threads: int
+    cpu_seconds: float | None
+    memory_bytes: int | None
+    restarts: int
+    log_dropped_bytes: int
+
+
+def tree(worker_id: str, processes: Sequence[ProcessLike], *, width: int | None = None) -> str:
+    """Host PID and namespace PID of each process, children under their parents."""
+    if not processes:
+        return f"{worker_id}: no processes\n"
+    depth: dict[int, int] = {}
+    lines = [worker_id]
+    for each in processes:
+        depth[each.host_pid] = depth.get(each.parent_host_pid, -1) + 1
+        branch = "  " * depth[each.host_pid]
+        lines.append(_cut(f"{each.host_pid:>9} {each.ns_pid:>7}  {branch}{visible(each.command)}", width))
+    return "\n".join(lines) + "\n"
+
+
+_STATS_COLUMNS = ("NAME", "STATE", "PROCS", "THREADS", "CPU", "MEM", "RESTARTS", "LOG-LOST")
+
+
+def stats(found: Sequence[StatsDocument], *, color: bool = False, width: int | None = None) -> str:
+    rows = [list(_STATS_COLUMNS)]
+    for s in found:
+        used = [duration(s["cpu_seconds"]), size(s["memory_bytes"])]
+        counts = [str(s["processes"]), str(s["threads"])]
+        rows.append([s["id"], s["state"], *counts, *used, str(s["restarts"]), size(s["log_dropped_bytes"])])
+    paints = [_HEAD, *(_COLORS.get(s["state"], "") for s in found)]
+    return _lines(rows, paints if color else None, width, frozenset(_STATS_COLUMNS[2:]))
+
+
+def _cut(line: str, width: int | None) -> str:
+    return line[: width - 1] + "…" if width is not None and len(line) > width > 0 else line
 
 
 # --- the outcome of a command --------------------------------------------------------------------------------------

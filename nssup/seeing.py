@@ -1,10 +1,15 @@
 """Handlers that only look: request -> document."""
 
-from nssup import render
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from nssup import effective, procfs, render
 from nssup.api import (
     Answer,
     Call,
     Orphans,
+    Reply,
+    Selection,
     StatusQuery,
     WorkersQuery,
     bad,
@@ -16,6 +21,8 @@ from nssup.desk import Desk
 from nssup.errors import ExitCode
 from nssup.selection import select_pools
 from nssup.snapshot import STATS_ROWS, Snapshot, members
+
+TREES_A_TURN = 8  # read in one turn of the loop: about a millisecond
 
 
 def status(desk: Desk, call: Call) -> Answer:
@@ -85,6 +92,82 @@ def healthz(desk: Desk, call: Call) -> Answer:
         return text_reply(f"pong: nssup {source['version']}, host PID {source['host_pid']}\n")
     failed = {"reexec_failed": desk.upgrade.failed} if desk.upgrade and desk.upgrade.failed else {}
     return json_reply({"status": "ok", "supervisor": source, **failed})
+
+
+def show(desk: Desk, call: Call) -> Answer:
+    query: Selection = call.query
+    supervisor = desk.supervisor
+    found = {
+        name: effective.settings(supervisor.workers.pools[name], desk.origins, supervisor.configured_workers(name))
+        for name in desk.select(query.select).pools
+    }
+    if call.text:
+        return text_reply("\n".join(effective.show(name, settings) for name, settings in found.items()))
+    return json_reply(
+        {
+            "pools": [
+                {"name": name, "settings": [{"key": s.key, "value": s.value, "origin": s.origin} for s in settings]}
+                for name, settings in found.items()
+            ]
+        }
+    )
+
+
+def env(desk: Desk, call: Call) -> Answer:
+    query: Selection = call.query
+    workers = desk.supervisor.workers
+    found = {}
+    for worker_id in desk.select(query.select).workers:
+        pairs = [pair.decode("utf-8", "replace") for pair in desk.supervisor.environment(worker_id)]
+        spec = workers.pools[workers.workers[worker_id].pool]
+        found[worker_id] = effective.variables(spec, pairs, desk.origins)
+    if call.text:
+        return text_reply("\n".join(effective.show_env(each, variables) for each, variables in found.items()))
+    return json_reply(
+        {"workers": [{"id": each, "env": [v._asdict() for v in variables]} for each, variables in found.items()]}
+    )
+
+
+async def tree(desk: Desk, call: Call) -> Reply:
+    query: Selection = call.query
+    found = [(each, processes) async for each, processes in _trees(desk, query.select)]
+    if call.text:
+        return text_reply("".join([render.tree(each, processes, width=query.width) for each, processes in found]))
+    return json_reply(
+        {"workers": [{"id": each, "processes": [p._asdict() for p in processes]} for each, processes in found]}
+    )
+
+
+async def stats(desk: Desk, call: Call) -> Reply:
+    query: Selection = call.query
+    found: list[render.StatsDocument] = []
+    async for each, processes in _trees(desk, query.select):
+        worker = desk.supervisor.workers.workers.get(each)
+        dropped = Snapshot(desk.supervisor, stats=False).worker(each)["log_dropped_bytes"] if worker else 0
+        found.append(
+            {
+                "id": each,
+                "state": worker.state.value if worker else "removed",
+                "processes": len(processes),
+                "threads": sum(p.threads for p in processes),
+                "cpu_seconds": round(sum(p.cpu_seconds for p in processes), 2) if processes else None,
+                "memory_bytes": sum(p.memory_bytes for p in processes) if processes else None,
+                "restarts": worker.restarts if worker else 0,
+                "log_dropped_bytes": dropped,
+            }
+        )
+    if call.text:
+        return text_reply(render.stats(found, color=query.color, width=query.width))
+    return json_reply({"workers": found})
+
+
+async def _trees(desk: Desk, selectors: list[str]) -> AsyncIterator[tuple[str, Sequence[procfs.Process]]]:
+    """The processes of each selected worker, with a turn for everybody else after each few."""
+    for number, each in enumerate(desk.select(selectors).workers, 1):
+        if each in desk.supervisor.workers.workers:
+            yield each, desk.supervisor.tree(each)
+        if number % TREES_A_TURN == 0:
+            await asyncio.sleep(0)
 
 
 def orphans(desk: Desk, call: Call) -> Answer:

@@ -376,7 +376,8 @@ class _Session:
                 from nssup.ctl import ControlServer
 
                 upgrade = _Upgrade(self, self._inheritance.failed if self._inheritance else None)
-                async with ControlServer(supervisor, listener, upgrade=upgrade, roles=self._roles()):
+                origins = self.config.origins
+                async with ControlServer(supervisor, listener, upgrade=upgrade, roles=self._roles(), origins=origins):
                     self._service.ready()
                     await supervisor.wait_shutdown()
                     self.verdict.end()

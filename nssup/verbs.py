@@ -11,7 +11,7 @@ class Option:
     """One option of a verb.
 
     names: as it is typed. field: of client.Options. sent: its name in the request, "" where it is none of the
-    supervisor's business. kind: what it takes: `on` and `off` nothing, else `text`, `seconds`, `count`, `signal`, or
+    supervisor's business. kind: what it takes: `on` and `off` nothing, else `text`, `seconds`, `number`, `signal`, or
     `choice` of choices.
     """
 
@@ -125,7 +125,7 @@ VERBS = {
             operands="SEL*",
             options=(
                 Option(FOLLOW, "go on with what happens"),
-                Option("-n", "the last N (1000; with -f 10)", kind="count", metavar="N"),
+                Option("-n", "the last N (1000; with -f 10)", kind="text", metavar="N"),
             ),
             streams=True,
         ),
@@ -137,10 +137,41 @@ VERBS = {
             operands="SEL*",
             options=(
                 Option(FOLLOW, "go on with what is written"),
-                Option("-n", "the last N records (100; with -f 10)", kind="count", metavar="N"),
+                Option("-n", "the last N records (100; with -f 10)", kind="text", metavar="N"),
                 Option("--raw", "only what was written, byte for byte", sent=""),
             ),
             streams=True,
+        ),
+        Verb(
+            "show",
+            "GET /v1/show",
+            "see",
+            "every setting that holds for a pool, and the file and line that says so",
+            operands="SEL*",
+        ),
+        Verb(
+            "env",
+            "GET /v1/env",
+            "see",
+            "the environment of workers, and where each variable comes from",
+            operands="SEL*",
+            details="What is a secret by its name, and passwords in URLs, is masked.",
+        ),
+        Verb(
+            "tree",
+            "GET /v1/tree",
+            "see",
+            "every process of workers, with its host PID and its namespace PID",
+            operands="SEL*",
+            wide=True,
+        ),
+        Verb(
+            "stats",
+            "GET /v1/stats",
+            "see",
+            "what whole workers use: processes, CPU time, memory",
+            operands="SEL*",
+            wide=True,
         ),
         Verb(
             "pid",
@@ -171,6 +202,9 @@ VERBS = {
                 ALL,
                 Option("-s --signal", "name or number (TERM); -9 and -HUP too", kind="signal", metavar="SIG"),
                 Option("--tree", "to every process of the worker"),
+                Option(
+                    "--ns-pid", "to that process of the one worker, by its PID in there", kind="number", metavar="N"
+                ),
             ),
         ),
         Verb(

@@ -12,6 +12,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, NamedTuple
 
+from nssup import procfs
 from nssup.events import Empty, Event, Exit, Exited, Gone, Input, Launched, Running, SetupFailed, Started
 from nssup.logs import LogHub, Streams
 from nssup.machine import Action, Forget, KillTree, Launch, SignalMain, SignalTree
@@ -44,7 +45,9 @@ class Supervisor:
         self.asked_to_end = asyncio.Event()
         self.fed: list[tuple[str, Input]] = []
         self.signals: list[tuple[str, int, bool]] = []
+        self.inside: list[tuple[str, int, int]] = []
         self.stats_read = 0
+        self.configured: dict[str, int] = {}
         self.lost: list[Orphan] = []
         self.strange: list[str] = []
         self.left = False
@@ -80,6 +83,28 @@ class Supervisor:
     def scale_pools(self, wanted: Mapping[str, int]) -> None:
         for pool, n in wanted.items():
             self._do(self.workers.scale(pool, n, self.time))
+
+    def environment(self, worker_id: str) -> list[bytes]:
+        pool, _, index = worker_id.partition("/")
+        said = [f"{name}={value}".encode() for name, value in self.workers.pools[pool].env.items()]
+        return [*said, b"PATH=/bin", b"HOME=/root", f"NSSUP_INDEX={index}".encode()]
+
+    def configured_workers(self, pool: str) -> int | None:
+        return self.configured.get(pool)
+
+    def tree(self, worker_id: str) -> list[procfs.Process]:
+        w = self.workers.workers[worker_id]
+        if w.init_host_pid is None or w.host_pid is None:
+            return []
+        return [
+            procfs.Process(w.init_host_pid, 1, 1, 1, "nssup-init", 0.0, 1 << 20),
+            procfs.Process(w.host_pid, 2, w.init_host_pid, 3, "app", 0.5, 4 << 20),
+            procfs.Process(w.host_pid + 1000, 3, w.host_pid, 1, "app \x1b[2J", 0.25, 1 << 20),
+        ]
+
+    def signal_inside(self, worker_id: str, ns_pid: int, signo: int) -> bool:
+        self.inside.append((worker_id, ns_pid, signo))
+        return True
 
     def orphans(self) -> list[Orphan]:
         return self.lost

@@ -449,7 +449,7 @@ async def test_an_error_of_http_itself_is_passed_on(tmp_path: Path, capfd: pytes
     [
         (["upp"], "did you mean up?"),
         (["frobnicate"], "there are: up, ctl, run, check, version"),
-        (["ctl", "statsu"], "did you mean status?"),
+        (["ctl", "staus"], "did you mean status?"),
         (["ctl", "frob"], "there are: status"),
         (["ctl", "status", "--nosuch"], "unrecognized arguments: --nosuch"),
         (["ctl", "stop", "web", "--timeout", "soon"], "'soon' is no time"),

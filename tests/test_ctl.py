@@ -293,6 +293,70 @@ async def test_which_and_pid(site: Site) -> None:
     assert (gone.body, gone.exit) == (b"5005\n", 3)
 
 
+async def test_show_tells_what_holds_and_where_it_was_said(tmp_path: Path) -> None:
+    sup = Supervisor(tmp_path)
+    sup.add("web", workers=3)
+    sup.configured["web"] = 2
+    origins: dict[tuple[str | int, ...], str] = {
+        ("pool", "web", "workers"): "n.toml:4",
+        ("pool", "web", "command"): "n.toml:3",
+    }
+    async with ControlServer(sup, str(tmp_path / "s.sock"), origins=origins) as server:
+        site = Site(sup, server)
+        (pool,) = (await site.get("/v1/show?select=web")).json["pools"]
+        found = {s["key"]: (s["value"], s["origin"]) for s in pool["settings"]}
+        assert found["workers"] == (3, "scale (the config says 2: n.toml:4)")
+        assert found["command"] == (["good"], "n.toml:3")
+        assert found["umask"] == (0o022, "default")
+        text = (await site.get("/v1/show", text=True)).body.decode()
+        assert text.startswith('[pool.web]\ncommand = ["good"]')
+        assert (await site.get("/v1/show?select=nosuch")).exit == 4
+        await site.close()
+    await sup.close()
+
+
+async def test_env_tells_sources_and_no_secrets(site: Site) -> None:
+    site.sup.add("web", workers=2, env={"TOKEN": "hush", "A": "1"})
+    workers = (await site.get("/v1/env?select=web/1")).json["workers"]
+    assert [w["id"] for w in workers] == ["web/1"]
+    found = {v["name"]: (v["value"], v["origin"]) for v in workers[0]["env"]}
+    assert found == {
+        "TOKEN": ("******", "env"), "A": ("1", "env"), "PATH": ("/bin", "supervisor"), "HOME": ("/root", "user"),
+        "NSSUP_INDEX": ("1", "nssup"),
+    }  # fmt: skip
+    assert b"hush" not in (await site.get("/v1/env", text=True)).body
+    assert b"hush" not in (await site.get("/v1/show")).body
+
+
+async def test_tree_and_stats_are_of_all_processes(site: Site) -> None:
+    site.sup.add("web")
+    site.sup.add("off", enabled=False)
+    await site.until("web/0", State.RUNNING)
+    text = (await site.get("/v1/tree", text=True)).body.decode()
+    assert text == (
+        "web/0\n     5002       1  nssup-init\n     5003       2    app\n     6003       3      app \\x1b[2J\n"
+        "off/0: no processes\n"
+    )
+    (worker,) = (await site.get("/v1/tree?select=host:5003")).json["workers"]
+    assert [(p["host_pid"], p["ns_pid"], p["parent_host_pid"]) for p in worker["processes"]] == [
+        (5002, 1, 1), (5003, 2, 5002), (6003, 3, 5003),
+    ]  # fmt: skip
+    web, off = (await site.get("/v1/stats")).json["workers"]
+    assert (web["processes"], web["threads"], web["cpu_seconds"], web["memory_bytes"]) == (3, 5, 0.75, 6 << 20)
+    assert (off["processes"], off["cpu_seconds"], off["memory_bytes"]) == (0, None, None)
+    assert (await site.get("/v1/stats", text=True)).body.split()[:4] == [b"NAME", b"STATE", b"PROCS", b"THREADS"]
+
+
+async def test_a_signal_to_one_process_inside(site: Site) -> None:
+    site.sup.add("web", workers=2)
+    await site.until("web/1", State.RUNNING)
+    assert (await site.post("kill", "web/1", ns_pid=7, signal="HUP")).exit == 0
+    assert site.sup.inside == [("web/1", 7, 1)]
+    for bad in ({"select": ["web"], "ns_pid": 7}, {"select": ["web/1"], "ns_pid": 7, "tree": True}):
+        assert (await site.ask("POST", "/v1/kill", bad)).exit == 2
+    assert (await site.ask("POST", "/v1/kill", {"select": ["web/1"], "ns_pid": 1})).status == 400, "init itself"
+
+
 async def test_healthz(site: Site) -> None:
     assert (await site.get("/healthz")).json["status"] == "ok"
     assert (await site.get("/healthz", text=True)).body.startswith(b"pong: nssup 0.1.0, host PID ")
