@@ -97,6 +97,12 @@ class StatusQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     width: Count | None = None
 
 
+class MetricsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """stats: cpu and memory also of many workers."""
+
+    stats: bool = False
+
+
 class Selection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """color, width: of the text."""
 

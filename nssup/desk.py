@@ -1,7 +1,7 @@
 """What all requests share: the supervisor, what has happened lately, who follows it, what is under way."""
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 
 import msgspec
@@ -12,7 +12,7 @@ from nssup.errors import ExitCode
 from nssup.events import Event, Input
 from nssup.locate import Path
 from nssup.operation import Judge, Operation
-from nssup.selection import Selected, select
+from nssup.selection import Selected, pool_of, select
 from nssup.snapshot import event_line, members
 
 EVENTS_KEPT = 1000  # for `n` and `since`
@@ -73,6 +73,8 @@ class Desk:
         self.log_follows: set[Follow] = set()
         self.operations: set[Operation] = set()
         self.closed = False
+        self.counts: Counter[str] = Counter()  # events, by name
+        self.exits: Counter[tuple[str, str]] = Counter()  # by pool and reason
         self._unsubscribe = supervisor.subscribe(self._published)
 
     def close(self) -> None:
@@ -91,6 +93,9 @@ class Desk:
 
     def _published(self, event: Event) -> None:
         self.events.append(event)
+        self.counts[event.event] += 1
+        if event.exit is not None and event.worker is not None and event.event != "main_exited":
+            self.exits[pool_of(event.worker), event.exit.reason] += 1
         if not self.followers:
             return
         line = event_line(event)

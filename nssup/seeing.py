@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from nssup import effective, procfs, render
+from nssup import metrics as numbers
 from nssup.api import (
     Answer,
     Call,
+    MetricsQuery,
     Orphans,
     Reply,
     Selection,
@@ -19,9 +21,11 @@ from nssup.api import (
 )
 from nssup.desk import Desk
 from nssup.errors import ExitCode
+from nssup.events import State
 from nssup.selection import select_pools
 from nssup.snapshot import STATS_ROWS, Snapshot, members
 
+NAMED = 8  # workers that a text names
 TREES_A_TURN = 8  # read in one turn of the loop: about a millisecond
 
 
@@ -168,6 +172,38 @@ async def _trees(desk: Desk, selectors: list[str]) -> AsyncIterator[tuple[str, S
             yield each, desk.supervisor.tree(each)
         if number % TREES_A_TURN == 0:
             await asyncio.sleep(0)
+
+
+def metrics(desk: Desk, call: Call) -> Answer:
+    query: MetricsQuery = call.query
+    supervisor = desk.supervisor
+    workers = supervisor.workers
+    there = [each for ids in members(workers).values() for each in ids]
+    snapshot = Snapshot(supervisor, stats=query.stats or len(there) <= STATS_ROWS, detailed=False)
+    dropped = {name: _dropped(desk, name) for name in workers.pools}
+    counts = numbers.Counts(desk.counts, desk.exits, dropped)
+    text = numbers.text(snapshot.status(workers.pools, there), counts, supervisor.started_at)
+    return Reply(200, [("Content-Type", numbers.CONTENT_TYPE), ("Nssup-Exit", "0")], text.encode())
+
+
+def _dropped(desk: Desk, pool: str) -> int:
+    try:
+        return desk.supervisor.logs.dropped_bytes(pool)
+    except KeyError:
+        return 0
+
+
+def readyz(desk: Desk, call: Call) -> Answer:
+    """Ready: each worker that is wanted up is ready, or done and meant to be."""
+    waited_for = [
+        w.id for w in desk.supervisor.workers.workers.values() if w.want_up and not (w.ready or w.state is State.DONE)
+    ]
+    status, code = (200, ExitCode.OK) if not waited_for else (503, ExitCode.NOT_RUNNING)
+    if call.text:
+        said = f"not ready: {', '.join(waited_for[:NAMED])}{' ...' if len(waited_for) > NAMED else ''}"
+        return text_reply(f"{said if waited_for else 'ready'}\n", status=status, code=code)
+    document = {"status": "not-ready" if waited_for else "ready", "not_ready": waited_for}
+    return json_reply(document, status=status, code=code)
 
 
 def orphans(desk: Desk, call: Call) -> Answer:

@@ -362,6 +362,42 @@ async def test_healthz(site: Site) -> None:
     assert (await site.get("/healthz", text=True)).body.startswith(b"pong: nssup 0.1.0, host PID ")
 
 
+async def test_metrics_are_what_prometheus_reads(site: Site) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    site.sup.add("web", workers=2)
+    site.sup.add("bad", "crash")
+    await site.until("web/1", State.RUNNING)
+    await site.until("bad/0", State.BACKOFF)
+    answer = await site.get("/metrics")
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    families = list(text_string_to_metric_families(answer.body.decode()))
+    assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
+    found = {
+        (sample.name, *sorted(sample.labels.items())): sample.value for family in families for sample in family.samples
+    }
+    assert found["nssup_info", ("epoch", "7"), ("version", "0.1.0")] == 1
+    assert found["nssup_pool_wanted_workers", ("pool", "web")] == 2
+    assert found["nssup_pool_ready_workers", ("pool", "web")] == 2
+    assert found["nssup_pool_workers", ("pool", "bad"), ("state", "backoff")] == 1
+    assert found["nssup_pool_workers", ("pool", "bad"), ("state", "failed")] == 0
+    assert found["nssup_worker_up", ("pool", "web"), ("worker", "web/1")] == 1
+    assert found["nssup_worker_cpu_seconds_total", ("pool", "web"), ("worker", "web/1")] == 0.125
+    assert found["nssup_exits_total", ("pool", "bad"), ("reason", "exit:3")] >= 1
+    assert found["nssup_events_total", ("event", "started")] >= 3
+
+
+async def test_readyz_is_200_only_when_all_are(site: Site) -> None:
+    assert (await site.get("/readyz")).json == {"status": "ready", "not_ready": []}
+    site.sup.add("web", "slow")
+    site.sup.add("off", enabled=False)
+    site.sup.add("job", "job", type="oneshot")
+    await site.until("job/0", State.DONE)
+    answer = await site.get("/readyz")
+    assert (answer.status, answer.json) == (503, {"status": "not-ready", "not_ready": ["web/0"]})
+    assert (await site.get("/readyz", text=True)).body == b"not ready: web/0\n"
+
+
 # Doing.
 
 
