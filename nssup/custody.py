@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import struct
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,7 @@ class _Lock:
             os.ftruncate(self._fd, 0)
             os.write(self._fd, f"{os.getpid()}\n".encode())
         except OSError as error:
-            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
+            holder = _holder(self._fd)
             os.close(self._fd)
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise refused(error, "lock", path) from None
@@ -125,6 +126,16 @@ class _Lock:
         """The file, the caller's."""
         _held.discard(self.key)
         return self._fd
+
+
+_FLOCK = struct.Struct("hh4xqqi4x")  # struct flock of fcntl(2): type, whence, start, length, whose
+
+
+def _holder(fd: int) -> str:
+    """The host PID of who has the lock: the kernel's word, else what he wrote, which he may not have done yet."""
+    asked = fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    host_pid = _FLOCK.unpack(asked)[4]
+    return str(host_pid) if host_pid > 0 else os.pread(fd, 32, 0).decode("ascii", "replace").strip()
 
 
 def _file_key(file: Path | int) -> tuple[int, int]:

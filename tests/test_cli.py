@@ -220,8 +220,24 @@ async def test_logs_follow_until_the_reader_goes(shell: Shell) -> None:
         line = await asyncio.to_thread(process.stdout.readline)
         assert line.endswith(b"| line %d\n" % number)
     process.send_signal(signal.SIGINT)
-    assert await asyncio.to_thread(process.wait, 20) == 130
+    assert await asyncio.to_thread(process.wait, 20) == -signal.SIGINT, "130 to a shell"
     process.stdout.close()
+
+
+def test_ctrl_c_in_the_middle_of_an_import_says_nothing(tmp_path: Path) -> None:
+    package = tmp_path / "nssup"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("import sys; print('importing', flush=True); sys.stdin.read(); main = exit\n")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*NSSUP, "up"], env=environ, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == -signal.SIGINT
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
 
 
 async def test_a_pipe_closed_early_is_no_complaint(shell: Shell) -> None:
