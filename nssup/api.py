@@ -41,6 +41,7 @@ class Supervisor(Source, Protocol):
     def logs(self) -> Logs: ...
     def feed(self, worker_id: str, event: Input) -> None: ...
     def scale_pools(self, wanted: Mapping[str, int]) -> None: ...
+    def enable_pools(self, pools: Iterable[str], enabled: bool) -> None: ...
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]: ...
     def host_pid_owner(self, host_pid: int) -> str | None: ...
     def environment(self, worker_id: str) -> Sequence[bytes]: ...
@@ -118,6 +119,20 @@ class WorkersQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stats: bool = False
 
 
+class ExplainQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """n: how many launches to come to tell at most."""
+
+    select: list[str] = []
+    n: Annotated[int, msgspec.Meta(ge=1, le=100)] = 5
+
+
+class HistoryQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """n: how many lives of each worker at most, the last ones."""
+
+    select: list[str] = []
+    n: Count = 10
+
+
 class EventsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The stream starts with a snapshot; or with the last n events; or with those after since (`epoch:seq`)."""
 
@@ -157,6 +172,12 @@ class ScaleCommand(Command, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """n: how many workers, or `+2`, `-1`."""
 
     n: int | str
+
+
+class EnableCommand(Command, frozen=True, forbid_unknown_fields=True):
+    """select: pools. now: start, or stop, their workers as well; wait is about that."""
+
+    now: bool = False
 
 
 class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

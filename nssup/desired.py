@@ -1,9 +1,10 @@
 """What an operator wants for good, whatever the config says and across reboots: STATE_DIR/desired.json.
 
-    {"version": 1, "pools": {"web": {"scale": 5}}}
+    {"version": 1, "pools": {"web": {"scale": 5, "enabled": false}}}
 
-`scale`: how many workers `ctl scale` asked for. `enabled` is reserved. Written only when an operator changes it: to a
-file beside it that is synced and takes its place, so that at every instant the one or the other is there whole.
+`scale`: how many workers `ctl scale` asked for. `enabled`: what `ctl enable` and `ctl disable` said. Written only when
+an operator changes it: to a file beside it that is synced and takes its place, so that at every instant the one or the
+other is there whole.
 `start` and `stop` are for now, not for good: they are in the notes of lives (lives.py).
 """
 
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+from msgspec.structs import replace
 
 from nssup.errors import errno_name
+from nssup.spec import PoolSpec
 
 VERSION = 1
 MOST_WORKERS = 100_000
@@ -59,21 +62,50 @@ class Desired:
             what = f"left in place: {errno_name(error.errno or 0)}"
         self.strange.append(f"{self.path} means nothing ({why}): {what}; the config counts")
 
+    def applied_to(self, spec: PoolSpec) -> PoolSpec:
+        """A pool of the config, as an operator wants it."""
+        workers, enabled = self.scale(spec.name), self.enabled(spec.name)
+        return replace(
+            spec,
+            workers=spec.workers if workers is None else workers,
+            enabled=spec.enabled if enabled is None else enabled,
+        )
+
     def scale(self, pool: str) -> int | None:
         """How many workers an operator asked for; None: as the config says."""
         found: int | None = self._pools.get(pool, {}).get("scale")
         return found
 
+    def enabled(self, pool: str) -> bool | None:
+        """Whether an operator wants the pool started with the supervisor; None: as the config says."""
+        found: bool | None = self._pools.get(pool, {}).get("enabled")
+        return found
+
     def set_scales(self, wanted: Mapping[str, int | None]) -> None:
         """Keep these numbers; None: as the config says again. Raises OSError, and then nothing is changed."""
+        self._set("scale", wanted)
+
+    def set_enabled(self, wanted: Mapping[str, bool | None]) -> None:
+        """Keep these words; None: as the config says again. Raises OSError, and then nothing is changed."""
+        self._set("enabled", wanted)
+
+    def _set(self, field: str, wanted: Mapping[str, int | None]) -> None:
         pools = {name: dict(entry) for name, entry in self._pools.items()}
-        for name, scale in wanted.items():
+        for name, value in wanted.items():
             entry = pools.setdefault(name, {})
-            if scale is None:
-                entry.pop("scale", None)
+            if value is None:
+                entry.pop(field, None)
             else:
-                entry["scale"] = scale
+                entry[field] = value
         self._replace({name: entry for name, entry in pools.items() if entry})
+
+    def all(self) -> dict[str, dict[str, Any]]:
+        """Everything, for `set_all`."""
+        return self._pools
+
+    def set_all(self, pools: dict[str, dict[str, Any]]) -> None:
+        """Have it as it was. Raises OSError, and then nothing is changed."""
+        self._replace(pools)
 
     def keep_only(self, pools: Collection[str]) -> None:
         """Forget what was desired of other pools. Raises OSError, and then nothing is changed."""

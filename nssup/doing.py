@@ -4,6 +4,7 @@ No operation lives in a request: what was begun goes on, its client may hang up.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from nssup import operation, render, units
 from nssup.api import (
@@ -12,6 +13,7 @@ from nssup.api import (
     Become,
     Call,
     Command,
+    EnableCommand,
     KillCommand,
     Left,
     Reply,
@@ -23,8 +25,8 @@ from nssup.api import (
 )
 from nssup.desk import Desk
 from nssup.errors import ControlError
-from nssup.events import Input, Kill, Restart, Start, Stop
-from nssup.operation import UP, Goal, Judge
+from nssup.events import Input, Kill, Reload, Reset, Restart, Start, State, Stop
+from nssup.operation import DOWN, UP, Goal, Judge
 from nssup.selection import select_pools
 from nssup.snapshot import Snapshot, members
 
@@ -64,7 +66,7 @@ def start(desk: Desk, call: Call) -> Answer:
 
 def stop(desk: Desk, call: Call) -> Answer:
     command: Command = call.command
-    judge = operation.aim(command.wait, operation.down, ("stopped",))
+    judge = operation.aim(command.wait, operation.down, DOWN)
     work = [(each, Stop(), judge) for each in _meant(desk, command, "stop")]
     return _run(desk, "stop", work, command.timeout, call.text)
 
@@ -166,6 +168,61 @@ async def reexec(desk: Desk, call: Call) -> Reply:
     version = await desk.upgrade.rehearse()
     desk.upgrade.begin()
     return json_reply(Become(Snapshot(desk.supervisor, stats=False).supervisor(), version))
+
+
+def enable(desk: Desk, call: Call) -> Answer:
+    return _enable(desk, call, "enable")
+
+
+def disable(desk: Desk, call: Call) -> Answer:
+    return _enable(desk, call, "disable")
+
+
+async def _enable(desk: Desk, call: Call, verb: Literal["enable", "disable"]) -> Reply:
+    command: EnableCommand = call.command
+    chosen = _meant(desk, command, verb)
+    there = members(desk.supervisor.workers)
+    pools = select_pools(command.select, there) if command.select else tuple(there)
+    desk.supervisor.enable_pools(pools, verb == "enable")
+    event: Input | None = None
+    judge: Judge = operation.at_once
+    if command.now:
+        event = Start() if verb == "enable" else Stop()
+        usual, means = (operation.up, UP) if verb == "enable" else (operation.down, DOWN)
+        judge = operation.aim(command.wait, usual, means)
+    found, code = await desk.settle([(each, event, judge) for each in chosen], command.timeout, None)
+    if not call.text:
+        return json_reply(Accepted(desk.supervisor.workers.seq, found), code=code)
+    out, err = render.results(verb, found) if command.now else ("", "")
+    return text_reply("".join(f"{pool}: {verb}d\n" for pool in pools) + out, err, code=code)
+
+
+def reset(desk: Desk, call: Call) -> Answer:
+    command: Command = call.command
+    work = [(each, Reset(), operation.at_once) for each in _meant(desk, command, "reset", by_default=True)]
+    return _run(desk, "reset", work, command.timeout, call.text)
+
+
+def reload(desk: Desk, call: Call) -> Answer:
+    """With `all`, those that can. Who does not run cannot read anything."""
+    command: Command = call.command
+    workers = desk.supervisor.workers
+    work: list[tuple[str, Input | None, Judge]] = []
+    for each in _meant(desk, command, "reload"):
+        w = workers.workers[each]
+        if workers.pools[w.pool].reload is None:
+            if not command.all:
+                raise _no_reload(w.pool)
+        elif w.state is State.RUNNING:
+            work.append((each, Reload(), operation.at_once))
+        else:
+            work.append((each, None, operation.never))
+    return _run(desk, "reload", work, command.timeout, call.text)
+
+
+def _no_reload(pool: str) -> ControlError:
+    hint = 'give it one in the config: reload = { signal = "HUP" }; or restart it'
+    return ControlError("no-reload", f"nobody has said how {pool} is reloaded", http_status=409, hint=hint)
 
 
 def _number(n: int | str, now: int, pool: str) -> int:

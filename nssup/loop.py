@@ -11,7 +11,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -157,7 +157,7 @@ class Supervisor:
         self._unnoted: str | None = None  # a worker whose next change is noted with the one after it
         self._claims: dict[str, list[Claim]] = {}  # of pools that are prepared and not added yet
         self._desired: Desired | None = None
-        self._configured: dict[str, int] = {}  # pool -> its workers as the config has them
+        self._configured: dict[str, PoolSpec] = {}  # as the config has them
         self._orphans: list[Orphan] = []  # of pools that are no more, and older lives
         self._returning: set[str] = set()  # workers that are stopped because we end, and are to come up again
         self._awaited: frozenset[tuple[str, int]] | None = None
@@ -420,9 +420,8 @@ class Supervisor:
         user), ControlError (there is a pool of this name, its log cannot be opened).
         """
         self._prepare(spec)
-        self._configured.setdefault(spec.name, spec.workers)
-        wanted = self._desired.scale(spec.name) if self._desired else None
-        desired = spec if wanted is None else replace(spec, workers=wanted)
+        self._configured.setdefault(spec.name, spec)
+        desired = spec if self._desired is None else self._desired.applied_to(spec)
         claims = self._claims.pop(spec.name, [])
         for claim in claims:
             for process in claim.processes:
@@ -636,31 +635,49 @@ class Supervisor:
         nothing is done.
         """
         self._check_open()
-        scales = {pool: None if n == self._configured.get(pool) else n for pool, n in wanted.items()}
-        before = self._remember(scales)
-        try:
+        scales = {pool: None if n == self.configured_workers(pool) else n for pool, n in wanted.items()}
+        with self._remembered(lambda desired: desired.set_scales(scales), "scaled, since it would be forgotten"):
             for pool, n in wanted.items():
                 self._do(self.workers.scale(pool, n, now()))
+
+    def enable_pools(self, pools: Iterable[str], enabled: bool) -> None:
+        """Whether later supervisors start these pools, for good, until it is what the config says. Nothing is started
+        or stopped now. Raises ControlError, as scale_pools does."""
+        self._check_open()
+        words: dict[str, bool | None] = dict.fromkeys(pools, enabled)
+        for pool in words:
+            if (spec := self._configured.get(pool)) is not None and spec.enabled is enabled:
+                words[pool] = None
+        with self._remembered(lambda desired: desired.set_enabled(words), "changed, since it would be forgotten"):
+            for pool in words:
+                self.workers.enable(pool, enabled, now())
+
+    @contextlib.contextmanager
+    def _remembered(self, change: Callable[[Desired], None], deed: str) -> Iterator[None]:
+        """What is desired for good changes before it is done; not at all, if that is refused. Raises ControlError."""
+        if self._desired is None:
+            yield
+            return
+        before = self._desired.all()
+        self._remember(change, deed)
+        try:
+            yield
         except ControlError:
-            self._remember(before)
+            self._remember(lambda desired: desired.set_all(before), deed)
             raise
 
-    def _remember(self, scales: Mapping[str, int | None]) -> dict[str, int | None]:
-        """What was remembered before. Raises ControlError."""
-        if self._desired is None:
-            return {}
-        before = {pool: self._desired.scale(pool) for pool in scales}
+    def _remember(self, change: Callable[[Desired], None], deed: str) -> None:
+        assert self._desired is not None
         try:
-            self._desired.set_scales(scales)
+            change(self._desired)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise ControlError(
                 "not-remembered",
                 f"cannot write {self._desired.path}: {error.strerror}",
-                hint="nothing was scaled, since it would be forgotten",
+                hint=f"nothing was {deed}",
                 http_status=507 if full else 500,
             ) from None
-        return before
 
     def feed(self, worker_id: str, event: Input) -> None:
         """An operator's event, or the world's. Raises ControlError when there is no such worker."""
@@ -691,7 +708,8 @@ class Supervisor:
 
     def configured_workers(self, pool: str) -> int | None:
         """How many workers the config gives the pool, whatever `scale` said since."""
-        return self._configured.get(pool)
+        spec = self._configured.get(pool)
+        return None if spec is None else spec.workers
 
     def signal_inside(self, worker_id: str, ns_pid: int, signo: int) -> bool:
         """A signal to one process of the worker, by its PID in there. False when nobody can pass it on: the worker is

@@ -22,6 +22,7 @@ FAILED_WORKERS = 5  # about so many of them
 
 Goal = Literal["ready", "running", "stopped", "done"]
 UP: tuple[Goal, ...] = ("ready", "running")
+DOWN: tuple[Goal, ...] = ("stopped",)
 
 
 class Records(Protocol):
@@ -142,7 +143,7 @@ class _Record(msgspec.Struct):
 _decode_record = msgspec.json.Decoder(_Record).decode
 
 
-def _line_of(record: bytes) -> str:
+def line_of(record: bytes) -> str:
     """What the worker wrote, as text."""
     found = _decode_record(record)
     return bytes(found.data).decode() if found.msg is None else found.msg
@@ -228,5 +229,5 @@ class Operation:
         found = [self._results[worker_id] for worker_id in self._order]
         for result in [r for r in found if not r["ok"] and r["state"] not in _QUIET][:FAILED_WORKERS]:
             records = self._supervisor.logs.last_records(result["id"], FAILED_LINES)
-            result["last_lines"] = [_line_of(record) for record in records]
+            result["last_lines"] = [line_of(record) for record in records]
         return found

@@ -5,14 +5,17 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from nssup import doing, following, render, seeing
+from nssup import doing, following, render, reviewing, seeing
 from nssup.api import (
     Accepted,
     Answer,
     Become,
     Call,
     Command,
+    EnableCommand,
     EventsQuery,
+    ExplainQuery,
+    HistoryQuery,
     KillCommand,
     LogsQuery,
     MetricsQuery,
@@ -82,6 +85,8 @@ ROUTES = (
     _verb("env", seeing.env, query=Selection),
     _verb("tree", seeing.tree, query=Selection),
     _verb("stats", seeing.stats, query=Selection),
+    _verb("explain", reviewing.explain, query=ExplainQuery),
+    _verb("history", reviewing.history, query=HistoryQuery),
     _verb("orphans", seeing.orphans, answer=Orphans),
     Route("GET", "/v1/openapi.json", "see", "this document", _openapi),
     Route("GET", "/metrics", "see", "numbers, in the Prometheus text format", seeing.metrics, query=MetricsQuery),
@@ -92,6 +97,10 @@ ROUTES = (
     _verb("restart", doing.restart, body=Command, answer=Accepted),
     _verb("kill", doing.kill, body=KillCommand, answer=Accepted),
     _verb("scale", doing.scale, body=ScaleCommand, answer=Accepted),
+    _verb("enable", doing.enable, body=EnableCommand, answer=Accepted),
+    _verb("disable", doing.disable, body=EnableCommand, answer=Accepted),
+    _verb("reset", doing.reset, body=Command, answer=Accepted),
+    _verb("reload", doing.reload, body=Command, answer=Accepted),
     _verb("wait", doing.wait, body=Command, answer=Accepted),
     _verb("shutdown", doing.shutdown, body=Shutdown, answer=Accepted),
     _verb("reexec", doing.reexec, body=Nothing, answer=Become),

@@ -100,6 +100,18 @@ def _changing(name: str, summary: str, *more: Option, details: str = "") -> Verb
     )
 
 
+def _enabling(name: str, summary: str, now: str) -> Verb:
+    return Verb(
+        name,
+        f"POST /v1/{name}",
+        "operate",
+        summary,
+        operands="SEL*",
+        options=(*CHANGING, Option("--now", now)),
+        details="SEL are pools. It outlasts supervisors and reboots, until it is said otherwise.",
+    )
+
+
 VERBS = {
     verb.name: verb
     for verb in (
@@ -174,6 +186,22 @@ VERBS = {
             wide=True,
         ),
         Verb(
+            "explain",
+            "GET /v1/explain",
+            "see",
+            "why workers are as they are, what they wait for, and when they are launched again",
+            operands="SEL*",
+            options=(Option("-n", "how many launches to come (5)", kind="count", metavar="N"),),
+        ),
+        Verb(
+            "history",
+            "GET /v1/history",
+            "see",
+            "how the last lives of workers ended, and how long was waited after each",
+            operands="SEL*",
+            options=(Option("-n", "the last N of each (10, which are all)", kind="count", metavar="N"),),
+        ),
+        Verb(
             "pid",
             "GET /v1/status",
             "see",
@@ -214,6 +242,24 @@ VERBS = {
             "have another number of workers, for good",
             operands="POOL* N",
             options=CHANGING,
+        ),
+        _enabling("enable", "have pools started with the supervisor, for good", "start them now as well"),
+        _enabling("disable", "have pools not started with the supervisor, for good", "stop them now as well"),
+        Verb(
+            "reset",
+            "POST /v1/reset",
+            "operate",
+            "forget failures: who has failed is stopped, who waits waits no longer than for the first time",
+            operands="SEL*",
+            options=(ALL,),
+        ),
+        Verb(
+            "reload",
+            "POST /v1/reload",
+            "operate",
+            "have programs read their configuration again, in the way their pool says",
+            operands="SEL*",
+            options=(ALL,),
         ),
         Verb(
             "wait",

@@ -46,6 +46,7 @@ from msgspec.structs import replace
 from nssup import history, machine
 from nssup.errors import ControlError, ExitCode
 from nssup.events import Event, Exit, Fail, Input, Kill, Reload, Remove, Reset, Restart, Start, State, Tick, Unready
+from nssup.explain import Explanation, explain
 from nssup.machine import Action, FailPool, Forget, KillTree, RunCommand, SignalMain, SignalTree, Worker
 from nssup.restart import TOO_MANY
 from nssup.spec import SIGKILL, PoolSpec
@@ -224,6 +225,11 @@ class WorkerSet:
     def lives(self, worker_id: str) -> tuple[history.Past, ...]:
         """The last lives of a worker that are over, oldest first."""
         return tuple(self._lives.get(worker_id, ()))
+
+    def explain(self, worker_id: str, now: float, attempts: int) -> Explanation:
+        """Why it is in its state, and what will be done. attempts: how many launches to come to tell at most."""
+        worker = self.workers[worker_id]
+        return explain(worker, self.pools[worker.pool], now, self._seed, attempts)
 
     def _spec(self, name: str) -> PoolSpec:
         try:

@@ -20,7 +20,7 @@ from nssup.spec import PoolSpec
 from nssup.workers import Actions, WorkerSet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from nssup.custody import Orphan
@@ -105,6 +105,10 @@ class Supervisor:
     def signal_inside(self, worker_id: str, ns_pid: int, signo: int) -> bool:
         self.inside.append((worker_id, ns_pid, signo))
         return True
+
+    def enable_pools(self, pools: Iterable[str], enabled: bool) -> None:
+        for pool in pools:
+            self.workers.enable(pool, enabled, self.time)
 
     def orphans(self) -> list[Orphan]:
         return self.lost

@@ -20,8 +20,8 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 ROWS = [
     "errors units locate verbs",
     "spec events record wire keys document envfile handover",
-    "machine restart history deps rollout schedule adopt lines config diff render selection plan openapi access audit "
-    "readiness",
+    "machine restart history explain readiness deps rollout schedule adopt lines config diff render selection plan "
+    "openapi access audit",
     "effective metrics",
     "workers",
     "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
@@ -30,7 +30,7 @@ ROWS = [
     "process foreground http operation",
     "api executor tasks pools",
     "desk",
-    "seeing doing following",
+    "seeing doing following reviewing",
     "routes",
     "ctl client",
     "__main__ cli fast up",
@@ -44,6 +44,10 @@ WITHIN_ROW = {
     ("readiness", "machine"),
     ("adopt", "restart"),
     ("history", "machine"),
+    ("history", "render"),
+    ("explain", "machine"),
+    ("explain", "restart"),
+    ("explain", "render"),
     ("custody", "clone"),
     ("custody", "desired"),
     ("custody", "lives"),
