@@ -11,12 +11,13 @@ import queue
 import select
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
 from nssup import render
+from nssup.backlog import Backlog
 from nssup.errors import no_thread
 from nssup.events import Event
 from nssup.logs import LogHub
@@ -45,9 +46,18 @@ class Journal:
     """
 
     def __init__(
-        self, hub: LogHub, stderr: Mode = "none", *, stderr_fd: int = 2, busy: Callable[[], bool] = lambda: False
+        self,
+        hub: LogHub,
+        stderr: Mode = "none",
+        *,
+        stderr_fd: int = 2,
+        busy: Callable[[], bool] = lambda: False,
+        backlog: Backlog | None = None,
+        left: Iterable[Event] = (),
     ) -> None:
-        """stderr_fd: what is written to as stderr; not taken over. busy: whether there are workers to launch.
+        """stderr_fd: what is written to as stderr; not taken over. busy: whether there are workers to launch. backlog:
+        where events wait that are not written yet, not taken over. left: those that a supervisor before us published
+        and did not write.
 
         Raises OSError where the log cannot be opened, or no thread be had for stderr.
         """
@@ -64,10 +74,16 @@ class Journal:
         if hub.has_files:
             self._output.last_ts = hub.last_ts(OWN_LOG)
         self._wanted = hub.has_files or stderr != "none"
+        self._backlog = backlog
+        self._output.restore(left)
 
     def record(self, event: Event) -> None:
         if not self._wanted:
             return
+        if self._backlog is not None:
+            if not self._events and self._hub.is_written(OWN_LOG):
+                self._backlog.clear()
+            self._backlog.add(event)
         self._events.append(event)
         if self._due is None:
             self._due = self._loop.call_soon(self.flush) if self._log is not None else self._wait_first()
@@ -151,6 +167,15 @@ class _Output:
             self._stderr_lines.append(line)
         elif self._mode == "text":
             self._stderr_lines.append(text_line(document, self._color).encode())
+
+    def restore(self, events: Iterable[Event]) -> None:
+        """To the file alone: whoever read stderr then has read it, or reads no more."""
+        for event in events:
+            document = event_document(event)
+            document["ts"] = self.last_ts = max(document["ts"], self.last_ts)
+            self._file_lines.append(msgspec.json.encode(document) + b"\n")
+        if self._file_lines:
+            self.flush()
 
     def flush(self) -> None:
         if self._hub.has_files:

@@ -234,6 +234,11 @@ class LogHub:
         """Takes ready-made records, whole lines that begin with their `ts`, into an open log. Raises KeyError."""
         self._take(self._pools[log], Chunk(None, 0, len(records), records))
 
+    def is_written(self, log: str) -> bool:
+        """Whether all that an open log took in is in its file, or lost. Raises KeyError."""
+        pool = self._pools[log]
+        return pool.taken == pool.settled
+
     @property
     def has_files(self) -> bool:
         """Whether logs are written, and can be read back."""

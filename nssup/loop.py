@@ -20,6 +20,7 @@ import msgspec
 from msgspec.structs import replace
 
 from nssup import __version__, adopt, clone, config, machine, notify, plan, procfs, readiness, record, reexec, wire
+from nssup.backlog import Backlog, missing
 from nssup.custody import Claim, Custody, Directories, Orphan, no_room, refused
 from nssup.desired import Desired
 from nssup.errors import ControlError, ExitCode, LaunchError, errno_name
@@ -45,7 +46,7 @@ from nssup.facts import Host
 from nssup.journal import Journal, Mode
 from nssup.logs import LogHub, Passed, Streams
 from nssup.selection import pool_of
-from nssup.spec import PoolSpec, SupervisorSpec, validate
+from nssup.spec import OWN_LOG, PoolSpec, SupervisorSpec, validate
 from nssup.staging import Staging
 from nssup.watch import Watch
 from nssup.workers import Actions, WorkerSet
@@ -154,6 +155,7 @@ class Supervisor:
         self._shutdown: asyncio.Future[None] | None = None
         self._notify = notify.Place(None if spec is None else spec.runtime_dir)
         self._custody: Custody | None = None
+        self._backlog: Backlog | None = None
         self._unnoted: str | None = None  # a worker whose next change is noted with the one after it
         self._claims: dict[str, list[Claim]] = {}  # of pools that are prepared and not added yet
         self._desired: Desired | None = None
@@ -187,6 +189,8 @@ class Supervisor:
                 self._custody = self._take_custody(self.spec)
                 opened.callback(self._custody.close)
                 self._desired = Desired(Path(self.spec.state_dir, "desired.json"), self.epoch)
+                self._backlog = self._open_backlog(Path(self.spec.runtime_dir, "events"))
+                opened.callback(self._backlog.close)
             self.logs = LogHub(self._loop, log_dir, time.time, on_error=self._log_failed)
             opened.push_async_callback(self.logs.close)
             self._watch = Watch(self._loop)
@@ -220,6 +224,8 @@ class Supervisor:
                 last.push_async_callback(self._tasks.__aexit__, None, None, None)
                 self._journal.close()
                 await _to_the_end(self._tasks, self.logs.close)
+                if self._backlog:
+                    self._backlog.clear()
 
     def _take_custody(self, spec: SupervisorSpec) -> Custody:
         inherited = []
@@ -559,9 +565,17 @@ class Supervisor:
         except OSError as error:
             raise refused(error, "make a place for notify sockets") from None
 
-    def _open_journal(self) -> Journal:
+    def _open_backlog(self, path: Path) -> Backlog:
         try:
-            return Journal(self.logs, self._stderr, busy=lambda: bool(self._launches))
+            return Backlog(path)
+        except OSError as error:
+            raise refused(error, "use", path) from None
+
+    def _open_journal(self) -> Journal:
+        backlog, spec = self._backlog, self.spec
+        try:
+            left = missing(backlog.left, Path(spec.log_dir, f"{OWN_LOG}.jsonl")) if backlog and spec else []
+            return Journal(self.logs, self._stderr, busy=lambda: bool(self._launches), backlog=backlog, left=left)
         except OSError as error:
             raise refused(error, "open") from None
 

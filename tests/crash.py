@@ -208,9 +208,15 @@ def compare(home: Path, paths: list[Path], into: Outcome) -> None:
 
 
 def exits(home: Path, into: Outcome) -> None:
-    """Every exit that was told of a worker that ends by itself must be its own."""
+    """Every exit that was told of a worker that ends by itself must be its own; and no event is missing or told twice,
+    up to the last that there is of each run."""
+    seen: dict[int, int] = {}
     for line in (home / "log/nssup.jsonl").read_bytes().splitlines():
         event = json.loads(line)
+        before = seen.get(event["epoch"], 0)
+        if event["seq"] != before + 1:
+            into.wrong.append(f"after event {event['epoch']}:{before} comes {event['seq']}")
+        seen[event["epoch"]] = event["seq"]
         found = event.get("exit")
         if not found or event["reason"] == "operator" or not event["worker"].startswith("short/"):
             continue

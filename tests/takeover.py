@@ -46,11 +46,30 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 import crash
 import uvloop  # noqa: F401 - here once, and not in each supervisor
 
-from nssup import _clone, _pidfd, adopt, cli, client, clone, ctl, custody, lives, logs, loop, record, up, wire  # noqa: F401
+from nssup import (  # noqa: F401
+    _clone,
+    _pidfd,
+    adopt,
+    backlog,
+    cli,
+    client,
+    clone,
+    ctl,
+    custody,
+    journal,
+    lives,
+    logs,
+    loop,
+    record,
+    up,
+    wire,
+)
 from nssup.spec import PoolSpec, SupervisorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from nssup.events import Event
 
 Json = dict[str, Any]
 INIT_DESCRIPTORS = 10
@@ -389,7 +408,7 @@ def disagreements(status: dict[str, Json]) -> list[str]:
 
 def strange_files(site: Site, status: dict[str, Json]) -> list[str]:
     """Files and notes without an owner."""
-    allowed = {"lives", "lock", "nssup.sock"}
+    allowed = {"events", "lives", "lock", "nssup.sock"}
     found = [name for name in os.listdir(site.runtime) if name not in allowed]
     found += [name for name in os.listdir(site.home / "s") if name not in ("run", "lock", "epoch", "desired.json")]
     data = (site.runtime / "lives").read_bytes()
@@ -406,6 +425,17 @@ def descriptors(host_pid: int) -> dict[str, int]:
         with contextlib.suppress(OSError):
             kinds[os.readlink(f"/proc/{host_pid}/fd/{name}").partition(":[")[0].partition("/")[0]] += 1
     return kinds
+
+
+def gaps(events: list[Json]) -> list[str]:
+    """Events of a run that are missing before another, are there twice, or in another order."""
+    found, last = [], dict[int, int]()
+    for event in events:
+        before = last.get(event["epoch"], 0)
+        if event["seq"] != before + 1:
+            found.append(f"after event {event['epoch']}:{before} comes {event['seq']}")
+        last[event["epoch"]] = event["seq"]
+    return found
 
 
 def hoarders(status: dict[str, Json]) -> list[str]:
@@ -441,6 +471,7 @@ def check(site: Site) -> list[str]:
 
     with contextlib.suppress(AssertionError):
         site.until(right, "the invariants hold")
+    wrong += gaps(site.events())
     twice = [line for line, count in collections.Counter(site.canaries()).items() if count > 1]
     return wrong + [f"launched twice: {line}" for line in twice if not line.startswith("got ")]
 
@@ -742,6 +773,61 @@ def case_adoption(site: Site, kill: Kill) -> list[str]:
     if len(site.canaries()) != 8 or site.canaries().count("got 1") != 1:
         wrong.append(f"canaries {site.canaries()}")
     return wrong + check(site)
+
+
+def publishes(name: str) -> Callable[..., bool]:
+    return lambda self, event: event.event == name
+
+
+OWN = {
+    "events: nobody knows of the first": Kill(SUPERVISOR, "_publish", True),
+    "events: one is published": Kill(SUPERVISOR, "_publish", True, when=publishes("failed")),
+    "events: published, not given on": Kill(lambda: journal.Journal, "flush"),
+    "events: given on, not written": Kill(
+        lambda: logs.LogHub, "append", True, when=lambda hub, log, data: log == "nssup"
+    ),
+    "events: written, not forgotten": Kill(lambda: backlog.Backlog, "clear", when=lambda self: self.holds),
+}
+
+
+def case_events(site: Site, kill: Kill) -> list[str]:
+    """What was published is in the log, though neither that supervisor nor the next one came to write it."""
+    site.write_config(pool("once", WHO + "exit 7", restart__policy='"never"') + pool("web", LONG))
+    known = site.home / "known"
+
+    def note() -> None:
+        real = loop.Supervisor._publish
+
+        def publish(self: loop.Supervisor, event: Event) -> None:
+            with known.open("a") as file:
+                file.write(f"{event.epoch} {event.seq} {event.event}\n")
+            real(self, event)
+
+        setattr(loop.Supervisor, "_publish", publish)  # noqa: B010
+
+    site.start(kill, prepare=note)
+    if kill.name == "clear":
+        site.wait_answer()
+        site.until_events("failed", 1)
+        site.tell("kill", "web/0", signal="CONT")
+    site.wait_dead()
+    published = [tuple(line.split()) for line in known.read_text().splitlines()]
+    if kill.name == "clear":
+        published.pop()  # it died before it kept that
+    site.start(Kill(CUSTODY, "__init__", True))
+    site.wait_dead()
+    site.start()
+    site.wait_answer()
+    site.until_state("web/0", "running")
+    site.until_state("once/0", "failed")
+
+    def told() -> list[tuple[str, ...]]:
+        return [
+            (str(e["epoch"]), str(e["seq"]), e["event"]) for e in site.events() if str(e["epoch"]) == published[0][0]
+        ]
+
+    site.until(lambda: len(told()) >= len(published), f"{published} are in the log: {told()}")
+    return ([] if told() == published else [f"published {published}, in the log {told()}"]) + check(site)
 
 
 def case_many(site: Site, kill: Kill) -> list[str]:
@@ -1446,6 +1532,7 @@ def cases() -> dict[str, Callable[[Site], list[str]]]:
     restart = {name.replace("stop:", "restart:"): kill for name, kill in STOP.items() if "stopped" not in name}
     add(restart, "", case_stop, "restart")
     add(LADDER, "", case_ladder)
+    add(OWN, "", case_events)
     add(ADOPTION, "", case_adoption)
     add({f"300 launch: at note {nth}": Kill(LIVES, "write", nth=nth) for nth in (40, 400, 900)}, "", case_many)
     ends = {"noted": STOP["stop: noted, not signalled"], "exit noted": STOP["stop: exit noted"]}

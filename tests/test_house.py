@@ -24,7 +24,7 @@ ROWS = [
     "openapi access audit",
     "effective metrics",
     "workers",
-    "clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
+    "backlog clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
     "snapshot logfile logread logpool intake follower framing journal desired systemd reexec notify",
     "loop sim pipes hub",
     "process foreground http operation",
@@ -71,6 +71,7 @@ WITHIN_ROW = {
     ("logfile", "staging"),
     ("staging", "framing"),
     ("follower", "logread"),
+    ("journal", "backlog"),
     ("journal", "logs"),
     ("journal", "snapshot"),
     ("hub", "pipes"),
