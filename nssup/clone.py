@@ -384,6 +384,44 @@ class Process:
         else:
             self._signal_init(signo)
 
+    def spawn(
+        self,
+        number: int,
+        argv: tuple[bytes, ...],
+        candidates: tuple[bytes, ...],
+        stdio: Sequence[int],
+        *,
+        timeout: float = 0.0,
+        stop_steps: int = 0,
+    ) -> bool:
+        """Run a command in the worker's namespaces, as its user: init answers with Done {number} when it has ended.
+
+        stdio: up to three descriptors for its 0, 1, 2, the caller's; the last stands for those that are missing, none
+        for /dev/null. timeout: seconds until init kills it, 0: never. Whether it is on its way: not if the line has no
+        room.
+        """
+        milliseconds = min(round(timeout * 1000) or (timeout > 0), 0xFFFFFFFF)
+        data = wire.spawn(
+            self._epoch,
+            number,
+            record.words(argv),
+            record.words(candidates),
+            timeout_ms=milliseconds,
+            stop_steps=stop_steps,
+        )
+        if len(data) > wire.RECORD_INLINE_MAX:
+            return False
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", stdio))] if stdio else []
+        try:
+            self._socket.sendmsg([data], rights)
+        except OSError:
+            return False
+        return True
+
+    def cancel(self, number: int) -> None:
+        """Kill a command of ours."""
+        self._send(wire.cancel(self._epoch, number))
+
     def kill(self) -> None:
         """SIGKILL to init's pidfd: the kernel takes every process of the namespace with it."""
         self._signal_init(signal.SIGKILL)

@@ -113,7 +113,8 @@ def _field(kind: int, data: bytes, flags: int = MUST) -> bytes:
     return _FIELD.pack(kind, flags, len(data)) + data + _PADDING[len(data) % 8]
 
 
-def _list(items: tuple[bytes, ...]) -> bytes:
+def words(items: tuple[bytes, ...]) -> bytes:
+    """A list as init reads it."""
     count = len(items)
     offsets = itertools.accumulate([len(item) + 1 for item in items[:-1]], initial=8 + 8 * (count + 1))
     return struct.pack(f"<II{count}QQ", count, 0, *(offsets if count else ()), 0) + b"\0".join(items) + b"\0"
@@ -146,7 +147,7 @@ def encode(plan: Plan, token: bytes, mount_id: int) -> bytes:
     """
     what = _what(options_of(plan), mount_id, plan.argv)
     how = _how(plan.candidates, plan.directory, plan.hostname, plan.identity, plan.umask, plan.rlimits, plan.notify)
-    body = _field(FIELD_TOKEN, token) + what + _field(FIELD_ENV, _list(plan.env)) + how
+    body = _field(FIELD_TOKEN, token) + what + _field(FIELD_ENV, words(plan.env)) + how
     if plan.sockets:
         body += _field(FIELD_SOCKETS, _SOCKETS.pack(plan.sockets, main_ns_pid(plan.init)))
     return _HEAD.pack(RECORD_MAGIC, RECORD_VERSION, 0, _HEAD.size + len(body), plan.generation) + body
@@ -160,7 +161,7 @@ def _what(options: int, mount_id: int, argv: tuple[bytes, ...]) -> bytes:
     return (
         _field(FIELD_OPTIONS, _U32.pack(options))
         + _field(FIELD_MOUNT_ID, _U64.pack(mount_id))
-        + _field(FIELD_ARGV, _list(argv))
+        + _field(FIELD_ARGV, words(argv))
     )
 
 
@@ -174,7 +175,7 @@ def _how(
     rlimits: tuple[tuple[int, int, int], ...],
     notify: Notify | None,
 ) -> bytes:
-    fields = [_field(FIELD_EXEC, _list(candidates))]
+    fields = [_field(FIELD_EXEC, words(candidates))]
     if directory != b"/":
         fields.append(_field(FIELD_DIRECTORY, directory + b"\0"))
     if hostname is not None:

@@ -57,6 +57,8 @@ class Type(enum.IntEnum):
     NOTIFY = 13
     PING = 14
     SOCKET = 15
+    CANCEL = 16
+    DONE = 17
 
 
 class Policy(enum.IntEnum):
@@ -127,6 +129,7 @@ def failure_reason(step: int, errno: int) -> str:
 _PADDING = (b"", b"\0" * 7, b"\0" * 6, b"\0" * 5, b"\0" * 4, b"\0" * 3, b"\0" * 2, b"\0")
 _GO = struct.Struct("<II16s")
 _SIGNAL = struct.Struct("<IiiI")
+_SPAWN = struct.Struct("<IIIIII")
 _TWO = struct.Struct("<II")
 _SIZE = struct.Struct("<Q")
 
@@ -162,6 +165,19 @@ def signal(epoch: int, signo: int, target: int, stop_steps: int = 0) -> bytes:
     """target: SIGNAL_MAIN, SIGNAL_ALL, or a namespace PID. stop_steps: steps of the stop sequence begun with this one,
     0 when it is no part of it."""
     return message(Type.SIGNAL, _SIGNAL.pack(epoch, signo, target, stop_steps))
+
+
+def spawn(
+    epoch: int, number: int, argv: bytes, candidates: bytes, *, timeout_ms: int = 0, stop_steps: int = 0
+) -> bytes:
+    """Run a command beside the program. number: ours for it, which Done repeats. argv, candidates: lists as in the
+    launch record. timeout_ms: killed after that, 0: never. stop_steps: as in `signal`."""
+    head = _SPAWN.pack(epoch, number, stop_steps, timeout_ms, len(argv), len(candidates))
+    return message(Type.SPAWN, head + argv + _PADDING[len(argv) % 8] + candidates)
+
+
+def cancel(epoch: int, number: int) -> bytes:
+    return message(Type.CANCEL, _TWO.pack(epoch, number))
 
 
 def policy_change(epoch: int, policy: Policy) -> bytes:
@@ -276,11 +292,24 @@ class State(NamedTuple):
     notified: Notified = Notified()
 
 
-Message = Started | Failed | Exited | Empty | State | Notify
+class Done(NamedTuple):
+    """A command has ended, or never ran: then step and errno say why. epoch: of the supervisor whose number it is."""
+
+    generation: int
+    epoch: int
+    number: int
+    timed_out: int
+    step: int
+    errno: int
+    exit: Exit
+
+
+Message = Done | Started | Failed | Exited | Empty | State | Notify
 
 _STARTED = struct.Struct("<Ii")
 _FAILED = struct.Struct("<IIiI")
 _EXITED = struct.Struct("<IIiiQQQQ")
+_DONE = struct.Struct("<IIIIIiiiQQQQ")
 _NOTIFIED = struct.Struct("<IIIIIIIIiiQQQQQII120sQ")
 _NOTIFY = struct.Struct("<II" + _NOTIFIED.format.removeprefix("<"))
 _STATE = struct.Struct("<IIIIiIiIiiQQQQ" + _NOTIFIED.format.removeprefix("<"))
@@ -311,6 +340,9 @@ def _decode_one(kind: int, data: bytes, at: int, length: int, host_pid: int) -> 
         return Empty(_fit(_TWO, data, at, length)[0])
     if kind == Type.FAILED:
         return Failed._make(_fit(_FAILED, data, at, length)[:3])
+    if kind == Type.DONE:
+        f = _fit(_DONE, data, at, length)
+        return Done._make((*f[:6], Exit._make(f[6:])))
     if kind == Type.NOTIFY:
         f = _fit(_NOTIFY, data, at, length)
         return Notify(f[0], _notified(f[2:]))

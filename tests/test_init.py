@@ -411,7 +411,7 @@ NOT_UNDERSTOOD = {
     "an unknown type": wire.message(200, struct.pack("<II", 1, 0)),
     "an unknown type of a huge epoch": wire.message(31, b"\xff" * 8),
     "type 0": wire.message(0, b"\xff" * 8),
-    "a reserved type": wire.message(Type.SPAWN, b"\xff" * 16),
+    "a new word of init's own": wire.message(Type.DONE, b"\xff" * 64),
     "init's own word": wire.message(Type.STATE, b"\xff" * 72),
     "an older epoch": wire.ping(0),
     "nothing but an older epoch": wire.message(Type.PING, b""),

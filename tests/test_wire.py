@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nssup import record, wire
 from nssup.wire import (
     VERSION,
+    Done,
     Empty,
     Exit,
     Exited,
@@ -52,6 +53,12 @@ SPOKEN = {
         "4e53010710000000 07000000 0f000000 00000000 00000000",
     ),
     "signal all": (wire.signal(7, 9, wire.SIGNAL_ALL), "4e53010710000000 07000000 09000000 ffffffff 00000000"),
+    "spawn": (
+        wire.spawn(7, 5, b"A" * 9, b"B" * 8, timeout_ms=1500, stop_steps=1),
+        "4e53010830000000 07000000 05000000 01000000 dc050000 09000000 08000000"
+        "414141414141414141 00000000000000 4242424242424242",
+    ),
+    "cancel": (wire.cancel(7, 5), "4e53011008000000 07000000 05000000"),
     "policy": (wire.policy_change(7, Policy.DIE), "4e53010908000000 07000000 01000000"),
     "ack": (wire.ack(7, 3), "4e53010c08000000 07000000 03000000"),
     "socket": (wire.socket(), "4e53010f00000000"),
@@ -82,6 +89,10 @@ HEARD = {
     "started": ("4e53010508000000 03000000 02000000", Started(3, 2, SENDER)),
     "failed": ("4e53010610000000 03000000 14000000 01000000 00000000", Failed(3, Step.MOUNT_PROC, errno.EPERM)),
     "exited": ("4e53010a30000000 03000000 00000000 " + EXIT, Exited(3, EXIT_VALUE)),
+    "done": (
+        "4e53011140000000 03000000 07000000 05000000 01000000 2b000000 02000000 " + EXIT,
+        Done(3, 7, 5, 1, Step.EXEC, errno.ENOENT, EXIT_VALUE),
+    ),
     "empty": ("4e53010b08000000 03000000 00000000", Empty(3)),
 }
 ALL_HEARD = b"".join(bytes.fromhex(data) for data, _ in HEARD.values())
@@ -293,6 +304,9 @@ LAYOUTS = {
     "wire_exit": struct.Struct("<iiQQQQ"),
     "wire_exited": wire._EXITED,
     "wire_empty": wire._TWO,
+    "wire_spawn": wire._SPAWN,
+    "wire_cancel": wire._TWO,
+    "wire_done": wire._DONE,
     "wire_notified": wire._NOTIFIED,
     "wire_notify": wire._NOTIFY,
     "wire_state": wire._STATE,

@@ -3,7 +3,7 @@
  * What it does, in the order of the code: waits for the launch record and GO; sets the namespaces up, step by step;
  * starts the program as its child (or becomes it); then only reaps, forwards and reports, and ends when its exit record
  * has been acknowledged. It has no options, no environment, no heap, no libc and no text: it reads wire.h's bytes and
- * answers {step, errno}. It sleeps in one poll without a time-out once the program runs.
+ * answers {step, errno}. It sleeps in one poll without a time-out once the program runs, but for a command's.
  *
  * It keeps its whole state in `self`; a message is a hint, sent without blocking and lost when the queue is full.
  * Source: pid_namespaces(7), signalfd(2), waitid(2), mount_namespaces(7), unix(7), statmount(2), capabilities(7),
@@ -81,6 +81,14 @@ static struct {
 	int room;	 /* epoll: something was read off the line */
 	int news;	 /* state.notified has changed since the line took it */
 } self;
+
+/* Commands that run beside the program, or have ended and are not told yet. ns_pid 0: a free place. */
+static struct command {
+	int32_t ns_pid;
+	int ended;
+	uint64_t deadline_ns; /* CLOCK_BOOTTIME; 0: none */
+	struct wire_done done;
+} commands[COMMANDS_MAX];
 
 static uint8_t record_buffer[RECORD_INLINE_MAX] __attribute__((aligned(16)));
 static uint8_t worker_stack[16384] __attribute__((aligned(16)));
@@ -208,9 +216,37 @@ static void put_failed(struct datagram *d)
 	put(d, WIRE_FAILED, &m, sizeof m);
 }
 
+static int commands_untold(void)
+{
+	int n = 0;
+	for (int i = 0; i < COMMANDS_MAX; i++)
+		n += commands[i].ended;
+	return n;
+}
+
 static int untold(void)
 {
-	return self.asked || (self.state.phase >= PHASE_RUNNING && self.state.phase != self.told);
+	return self.asked || (self.state.phase >= PHASE_RUNNING && self.state.phase != self.told) || commands_untold();
+}
+
+static int send_done(const struct wire_done *done)
+{
+	struct datagram d = {0};
+	put(&d, WIRE_DONE, done, sizeof *done);
+	return send_datagram(&d);
+}
+
+static void tell_commands(void)
+{
+	for (int i = 0; i < COMMANDS_MAX; i++)
+		if (commands[i].ended && send_done(&commands[i].done))
+			commands[i] = (struct command){0};
+}
+
+/* They end with the program, and nobody asks how. */
+static void forget_commands(void)
+{
+	memset(commands, 0, sizeof commands);
 }
 
 /* Whether the supervisor may die with our last word unread and another one come to ask for it: then we stay until an ACK.
@@ -230,6 +266,8 @@ static void tell(void)
 
 	if (self.asked && send_state())
 		self.news = 0;
+	if (!self.asked)
+		tell_commands();
 	if (self.asked || phase < PHASE_RUNNING || phase == self.told)
 		return;
 	if (phase == PHASE_RUNNING) {
@@ -513,10 +551,8 @@ static uint64_t boottime_ns(void)
 	return (uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec;
 }
 
-static void note_exit(const siginfo_t *info, const struct rusage *usage)
+static void note_exit(struct wire_exit *e, const siginfo_t *info, const struct rusage *usage)
 {
-	struct wire_exit *e = &self.state.exit;
-
 	e->code = info->si_code;
 	e->status = info->si_status;
 	e->user_us = (uint64_t)usage->ru_utime.tv_sec * 1000000U + (uint64_t)usage->ru_utime.tv_usec;
@@ -769,6 +805,50 @@ static void saw_room(void)
 	sys6(__NR_epoll_pwait, self.room, (long)&seen, 1, 0, 0, 8);
 }
 
+static void command_ended(const siginfo_t *info, const struct rusage *usage)
+{
+	for (int i = 0; i < COMMANDS_MAX; i++)
+		if (commands[i].ns_pid == info->si_pid && !commands[i].ended) {
+			note_exit(&commands[i].done.exit, info, usage);
+			commands[i].ended = 1;
+		}
+}
+
+/* With its process group, which is there as long as we have not reaped it. */
+static void kill_command(struct command *c)
+{
+	c->deadline_ns = 0;
+	sys2(__NR_kill, -c->ns_pid, SIGKILL);
+	sys2(__NR_kill, c->ns_pid, SIGKILL);
+}
+
+/* Kills the commands whose time is over. Returns when the next one's is, 0: never. */
+static uint64_t expire_commands(void)
+{
+	uint64_t next = 0;
+	for (int i = 0; i < COMMANDS_MAX; i++) {
+		struct command *c = &commands[i];
+		if (!c->ns_pid || c->ended || !c->deadline_ns)
+			continue;
+		if (c->deadline_ns <= boottime_ns()) {
+			c->done.timed_out = 1;
+			kill_command(c);
+		} else if (!next || c->deadline_ns < next) {
+			next = c->deadline_ns;
+		}
+	}
+	return next;
+}
+
+static void cancel(const struct wire_cancel *m)
+{
+	for (int i = 0; i < COMMANDS_MAX; i++) {
+		struct command *c = &commands[i];
+		if (c->ns_pid && !c->ended && c->done.epoch == m->epoch && c->done.id == m->id)
+			kill_command(c);
+	}
+}
+
 /* Reaps all that can be reaped. When the main program is among them, kills the rest. The life is over at ECHILD. */
 static void reap(void)
 {
@@ -784,10 +864,13 @@ static void reap(void)
 		if (r < 0 || info.si_pid == 0)
 			break;
 		if (info.si_pid == self.state.ns_pid && self.state.phase == PHASE_RUNNING) {
-			note_exit(&info, &usage);
+			note_exit(&self.state.exit, &info, &usage);
 			self.state.phase = PHASE_EXITED;
 			self.state.step = 0;
+			forget_commands();
 			kill_rest();
+		} else {
+			command_ended(&info, &usage);
 		}
 	}
 	if (!untold())
@@ -874,13 +957,17 @@ static void acknowledged(const struct wire_ack *m)
 		quit(0);
 }
 
-/* One message. *fd: the descriptor that came with its datagram, or -1 as soon as somebody has taken it. */
+static void spawn(const struct wire_spawn *m, uint8_t *payload, size_t length, const int *fds);
+
+/* One message. fd: the descriptors that came with its datagram, each -1 as soon as somebody has taken it. */
 static void act(int type, uint8_t *payload, size_t length, int *fd)
 {
-	static const uint32_t known = 1U << WIRE_HELLO | 1U << WIRE_GO | 1U << WIRE_SIGNAL | 1U << WIRE_POLICY |
-				      1U << WIRE_ACK | 1U << WIRE_PING;
+	static const uint32_t known = 1U << WIRE_HELLO | 1U << WIRE_GO | 1U << WIRE_SIGNAL | 1U << WIRE_SPAWN |
+				      1U << WIRE_POLICY | 1U << WIRE_ACK | 1U << WIRE_PING | 1U << WIRE_CANCEL;
 	union {
 		struct wire_signal signal;
+		struct wire_spawn spawn;
+		struct wire_cancel cancel;
 		struct wire_policy_change policy;
 		struct wire_ack ack;
 		struct wire_hello hello;
@@ -897,7 +984,7 @@ static void act(int type, uint8_t *payload, size_t length, int *fd)
 		return;
 	}
 	memcpy(&m, payload, length < sizeof m ? length : sizeof m);
-	if (type > WIRE_PING || !(known >> type & 1) || m.epoch < self.state.epoch) {
+	if (type > WIRE_CANCEL || !(known >> type & 1) || m.epoch < self.state.epoch) {
 		self.state.unknown++;
 		return;
 	}
@@ -912,6 +999,10 @@ static void act(int type, uint8_t *payload, size_t length, int *fd)
 		acknowledged(&m.ack);
 	else if (type == WIRE_HELLO)
 		hello(&m.hello, fd);
+	else if (type == WIRE_SPAWN)
+		spawn(&m.spawn, payload, length, fd);
+	else if (type == WIRE_CANCEL)
+		cancel(&m.cancel);
 	else
 		send_state(); /* PING */
 }
@@ -932,20 +1023,22 @@ static void take_datagram(uint8_t *data, size_t length, int *fd)
 	}
 }
 
-/* The descriptor that came along, or -1. The kernel drops others: there is room for one. */
-static int received_fd(const struct msghdr *m)
+/* The descriptors that came along, -1 for none. The kernel drops others: there is room for three. */
+static void received_fds(const struct msghdr *m, int *fds)
 {
 	const struct cmsghdr *c = m->control;
-	if (m->control_length < sizeof *c + 4 || c->level != SOL_SOCKET_LEVEL || c->type != SCM_RIGHTS_TYPE)
-		return -1;
-	return *(const int *)(c + 1);
+	size_t count = 0;
+	if (m->control_length >= sizeof *c + 4 && c->level == SOL_SOCKET_LEVEL && c->type == SCM_RIGHTS_TYPE)
+		count = (c->length - sizeof *c) / sizeof(int);
+	for (size_t i = 0; i < 3; i++)
+		fds[i] = i < count ? ((const int *)(c + 1))[i] : -1;
 }
 
 /* Reads one datagram. Returns 1, 0 when there is none, -1 when the line has ended. */
 static int take_line(void)
 {
 	static uint8_t bytes[RECORD_INLINE_MAX + 256] __attribute__((aligned(16)));
-	uint8_t control[sizeof(struct cmsghdr) + sizeof(int)] __attribute__((aligned(8)));
+	uint8_t control[sizeof(struct cmsghdr) + 3 * sizeof(int)] __attribute__((aligned(8)));
 	struct iovec iov = {bytes, sizeof bytes};
 	struct msghdr m = {NULL, 0, &iov, 1, control, sizeof control, 0};
 
@@ -954,10 +1047,12 @@ static int take_line(void)
 		return 0;
 	if (n <= 0)
 		return -1;
-	int fd = received_fd(&m);
-	take_datagram(bytes, (size_t)n, &fd);
-	if (fd >= 0)
-		close_fd(fd);
+	int fds[3];
+	received_fds(&m, fds);
+	take_datagram(bytes, (size_t)n, fds);
+	for (int i = 0; i < 3; i++)
+		if (fds[i] >= 0)
+			close_fd(fds[i]);
 	return 1;
 }
 
@@ -974,9 +1069,14 @@ static void wait_event(int deadline_ms)
 		{self.news ? self.room : -1, POLLIN, 0},
 	};
 	struct __kernel_timespec ts = {deadline_ms / 1000, (deadline_ms % 1000) * 1000000LL};
+	uint64_t next = deadline_ms < 0 ? expire_commands() : 0;
+	if (next) {
+		uint64_t now = boottime_ns(), rest = next > now ? next - now : 0;
+		ts = (struct __kernel_timespec){(long long)(rest / 1000000000U), (long long)(rest % 1000000000U)};
+	}
 
-	long n = sys5(__NR_ppoll, fds, self.room ? 6 : 3, deadline_ms < 0 ? NULL : &ts, NULL, 0);
-	if (n == -EINTR)
+	long n = sys5(__NR_ppoll, fds, self.room ? 6 : 3, deadline_ms < 0 && !next ? NULL : &ts, NULL, 0);
+	if (n == -EINTR || (n == 0 && next))
 		return;
 	if (n <= 0)
 		quit(1); /* nobody said GO; or a program of our user took the right to poll (RLIMIT_NOFILE) away */
@@ -1375,11 +1475,11 @@ static const struct step worker_steps[] = {
 };
 
 /* Runs the steps. Returns 0, or -errno with *failed naming the first that failed; none after it runs. */
-static long run_steps(const struct step *steps, size_t count, int *failed)
+static long run_steps(const struct step *steps, size_t count, const struct launch *launch, int *failed)
 {
 	for (size_t i = 0; i < count; i++) {
 		failpoint(steps[i].id);
-		long r = steps[i].run(&self.launch);
+		long r = steps[i].run(launch);
 		if (r < 0) {
 			*failed = steps[i].id;
 			return r;
@@ -1388,13 +1488,122 @@ static long run_steps(const struct step *steps, size_t count, int *failed)
 	return 0;
 }
 
-#define RUN_STEPS(steps, failed) run_steps((steps), sizeof(steps) / sizeof *(steps), (failed))
+#define RUN_STEPS(steps, launch, failed) run_steps((steps), sizeof(steps) / sizeof *(steps), (launch), (failed))
 
 static int worker(void *unused)
 {
 	(void)unused;
-	self.error = (int)RUN_STEPS(worker_steps, &self.step);
+	self.error = (int)RUN_STEPS(worker_steps, &self.launch, &self.step);
 	return 127;
+}
+
+/* --- a command beside the program: as the program is, but for its words and its stdio ---------------------------------- */
+
+static struct {
+	struct launch launch;
+	const int *stdio;
+	int step, error;
+} spawned;
+
+static long place_command_stdio(const struct launch *l)
+{
+	(void)l;
+	int from = -1;
+	for (int i = 0; i < 3; i++) {
+		from = spawned.stdio[i] >= 0 ? spawned.stdio[i] : from;
+		long r = from < 0 ? 0 : sys3(__NR_dup3, from, i, 0);
+		if (r < 0)
+			return r;
+	}
+	return 0;
+}
+
+static long close_all(const struct launch *l)
+{
+	(void)l;
+	return sys3(__NR_close_range, 3, ~0U, 0);
+}
+
+static const struct step command_steps[] = {
+	{STEP_SESSION, own_session},	   {STEP_STDIO, place_command_stdio}, {STEP_RLIMITS, set_rlimits},
+	{STEP_GROUPS, set_groups},	   {STEP_GROUP, set_group},	      {STEP_USER, set_user},
+	{STEP_CAPABILITIES, drop_capabilities}, {STEP_DIRECTORY, enter_directory}, {STEP_SIGNALS, clean_signals},
+	{STEP_DESCRIPTORS, close_all},	   {STEP_EXEC, exec_program},
+};
+
+static int command_child(void *unused)
+{
+	(void)unused;
+	spawned.error = (int)RUN_STEPS(command_steps, &spawned.launch, &spawned.step);
+	return 127;
+}
+
+/* Its words, which lie behind the head of the message. */
+static long read_command(const struct wire_spawn *m, uint8_t *payload, size_t length)
+{
+	size_t argv = sizeof *m, exec = argv + ((m->argv_length + 7UL) & ~7UL);
+	if (exec > length || m->exec_length > length - exec)
+		return -EBADMSG;
+	spawned.launch = self.launch;
+	long r = read_list(payload + argv, m->argv_length, &spawned.launch.argv);
+	if (r >= 0)
+		r = read_list(payload + exec, m->exec_length, &spawned.launch.exec);
+	if (r < 0)
+		return r;
+	return spawned.launch.argv.items[0] && spawned.launch.exec.items[0] ? 0 : -EBADMSG;
+}
+
+static long clone_command(const int *fds)
+{
+	struct clone_args args = {
+		.flags = CLONE_VM | CLONE_VFORK | CLONE_CLEAR_SIGHAND_FLAG,
+		.exit_signal = SIGCHLD,
+		.stack = (uint64_t)(uintptr_t)worker_stack,
+		.stack_size = sizeof worker_stack,
+	};
+	spawned.stdio = fds;
+	spawned.step = STEP_CLONE_WORKER;
+	spawned.error = 0;
+	long ns_pid = vfork_call(&args, command_child, NULL);
+	if (ns_pid < 0 || !spawned.error)
+		return ns_pid;
+	siginfo_t info;
+	sys5(__NR_waitid, P_PID, ns_pid, &info, WEXITED | __WALL, NULL);
+	return spawned.error;
+}
+
+static struct command *free_command(void)
+{
+	for (int i = 0; i < COMMANDS_MAX; i++)
+		if (!commands[i].ns_pid && !commands[i].ended)
+			return &commands[i];
+	return NULL;
+}
+
+/* What cannot be run is said at once, or not at all when there is no room for it: who waits has a time-out of its own. */
+static void spawn(const struct wire_spawn *m, uint8_t *payload, size_t length, const int *fds)
+{
+	struct wire_done done = {.generation = self.state.generation, .epoch = m->epoch, .id = m->id, .step = STEP_RECORD};
+	struct command *c = free_command();
+	long r = -ESRCH; /* no program to be beside of */
+
+	if (self.state.phase == PHASE_RUNNING)
+		r = read_command(m, payload, length);
+	if (r >= 0) {
+		if (m->stop_steps)
+			self.state.step = m->stop_steps;
+		r = c ? clone_command(fds) : -EAGAIN;
+		done.step = (uint32_t)spawned.step;
+	}
+	if (r < 0) {
+		done.error = (int32_t)-r;
+		send_done(&done);
+		return;
+	}
+	done.step = STEP_NONE;
+	*c = (struct command){.ns_pid = (int32_t)r, .done = done};
+	if (m->timeout_ms)
+		c->deadline_ns = boottime_ns() + m->timeout_ms * 1000000ULL;
 }
 
 /* --- the life -------------------------------------------------------------------------------------------------------------- */
@@ -1463,7 +1672,7 @@ struct prepared { int done, failed; long result; };
 static void prepare(struct prepared *p)
 {
 	if (!p->done)
-		p->result = RUN_STEPS(setup_steps, &p->failed);
+		p->result = RUN_STEPS(setup_steps, &self.launch, &p->failed);
 	p->done = 1;
 }
 

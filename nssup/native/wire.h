@@ -54,7 +54,7 @@ enum wire_type {
 	WIRE_STARTED = 5,  /* init: the exec happened (init = false: is next); credentials translated by the kernel */
 	WIRE_FAILED = 6,   /* init: a step failed */
 	WIRE_SIGNAL = 7,   /* supervisor: send a signal inside */
-	WIRE_SPAWN = 8,    /* reserved: run a command inside */
+	WIRE_SPAWN = 8,    /* supervisor: run a command beside the program, with its 0, 1, 2 by SCM_RIGHTS; answered by DONE */
 	WIRE_POLICY = 9,   /* supervisor: keep or die */
 	WIRE_EXITED = 10,  /* init: the main program ended */
 	WIRE_EMPTY = 11,   /* init: nothing but init is left */
@@ -62,6 +62,8 @@ enum wire_type {
 	WIRE_NOTIFY = 13,  /* init: what the program said of itself has changed */
 	WIRE_PING = 14,    /* supervisor: answered by STATE */
 	WIRE_SOCKET = 15,  /* supervisor: one of the program's listening sockets by SCM_RIGHTS; before RECORD, in order */
+	WIRE_CANCEL = 16,  /* supervisor: kill a command */
+	WIRE_DONE = 17,    /* init: a command has ended, or could not be run */
 };
 
 enum wire_policy { POLICY_KEEP = 0, POLICY_DIE = 1 };
@@ -118,6 +120,24 @@ struct wire_ping {
 	uint32_t reserved;
 };
 
+/* Behind it two lists (see the launch record), each padded to a multiple of 8: arguments, and paths to try in order. All
+ * else is as the program has it. Without descriptors it has /dev/null; the last one stands for those that are missing. */
+struct wire_spawn {
+	uint32_t epoch;
+	uint32_t id;         /* the supervisor's own number for it */
+	uint32_t stop_steps; /* as in wire_signal */
+	uint32_t timeout_ms; /* killed after that; 0: never */
+	uint32_t argv_length;
+	uint32_t exec_length;
+};
+
+struct wire_cancel {
+	uint32_t epoch;
+	uint32_t id;
+};
+
+enum { COMMANDS_MAX = 16 }; /* at a time: more are refused with EAGAIN */
+
 struct wire_started {
 	uint32_t generation;
 	int32_t ns_pid;
@@ -142,6 +162,16 @@ struct wire_exit { /* how the main program ended; all zero while it has not */
 struct wire_exited {
 	uint32_t generation;
 	uint32_t reserved;
+	struct wire_exit exit;
+};
+
+struct wire_done {
+	uint32_t generation;
+	uint32_t epoch; /* whose command it was */
+	uint32_t id;
+	uint32_t timed_out;
+	uint32_t step; /* of the failure, with error, when it never ran */
+	int32_t error;
 	struct wire_exit exit;
 };
 
@@ -205,6 +235,8 @@ _Static_assert(sizeof(struct wire_go) == 24, "wire_go");
 _Static_assert(sizeof(struct wire_signal) == 16, "wire_signal");
 _Static_assert(sizeof(struct wire_exit) == 40, "wire_exit");
 _Static_assert(sizeof(struct wire_exited) == 48, "wire_exited");
+_Static_assert(sizeof(struct wire_spawn) == 24, "wire_spawn");
+_Static_assert(sizeof(struct wire_done) == 64, "wire_done");
 _Static_assert(sizeof(struct wire_notified) == 216, "wire_notified");
 _Static_assert(sizeof(struct wire_notify) == 224, "wire_notify");
 _Static_assert(sizeof(struct wire_state) == 288, "wire_state");
