@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from nssup import restart, wire
 from nssup.events import Empty, Exit, Exited, Gone, Input, LaunchFailed, Running, SetupFailed, Start, Started, State
-from nssup.machine import Action, KillTree, Launch, SignalMain, Worker
+from nssup.machine import Action, KillTree, Launch, Worker, stop_deed
 from nssup.record import BODY_MAX, SLOT_OVER, SLOT_STOPPING, Slot
 from nssup.spec import OWN_LOG, POOL_NAME, StopStep
 
@@ -63,6 +63,8 @@ _AT_REST = frozenset({State.STOPPED, State.FAILED, State.DONE})
 # Seconds that an init gets to say what happened while nobody watched, before a deadline that passed meanwhile is held
 # against its worker.
 PATIENCE = 1.0
+# The same for one that has a watchdog, whose last heartbeats nobody has noted.
+HEARTBEAT = 10.0
 UNREADABLE = "lost:unreadable"
 
 
@@ -193,7 +195,8 @@ def adopt(slot: Slot, fact: Fact, lingering: tuple[int, ...], now: float) -> Ado
         return _adopt_over(worker, fact)
     if fact.holds:
         if worker.deadline is not None:
-            worker = replace(worker, deadline=max(worker.deadline, now + PATIENCE))
+            patience = HEARTBEAT if worker.state is State.RUNNING else PATIENCE
+            worker = replace(worker, deadline=max(worker.deadline, now + patience))
         return Adopted(worker)
     if not fact.gone:
         return Adopted(replace(worker, state=State.LOST, reason=f"lost:{fact.why}", deadline=None, alive=False))
@@ -277,7 +280,7 @@ def owed(
 ) -> tuple[Action, ...]:
     """What was noted about a life, and died with its supervisor before it was done. told None: init does not answer.
 
-    A signal of the stop sequence is not sent twice: init knows the last step that reached it. A life that is over for
+    A step of the stop sequence is not taken twice: init knows the last step that reached it. A life that is over for
     us and not for its init is ended.
     """
     if worker is None or worker.generation != generation or not worker.alive:
@@ -288,8 +291,8 @@ def owed(
     step = worker.stop_step
     if told is None or told.phase != wire.Phase.RUNNING or step is None or step >= len(stop) or told.step > step:
         return ()
-    signal = stop[step].signal
-    return () if signal is None else (SignalMain(generation, signal),)
+    deed = stop_deed(stop[step], generation, step)
+    return () if isinstance(deed, KillTree) else (deed,)
 
 
 def known(worker: Worker, host_pid: int, ns_pid: int) -> tuple[Input, ...]:

@@ -10,13 +10,14 @@ are left alone until there is room again, and its workers wait in their writes.
 """
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
 import struct
 import termios
 from collections import deque
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -465,12 +466,41 @@ class LogHub:
         neither.
         """
         named = None if pools is None else frozenset(pools)
-        follower = Follower(named, workers, max_bytes, self._followers.discard)
+        follower = Follower(named, workers, max_bytes, self.leave)
+        self.join(follower)
+        return follower
+
+    def join(self, follower: Follower) -> None:
+        """Records are offered to it from now on, unless all is closed."""
         if self._closed:
             follower.close()
         else:
             self._followers.add(follower)
-        return follower
+
+    def leave(self, follower: Follower) -> None:
+        self._followers.discard(follower)
+
+    @contextlib.contextmanager
+    def writable(self, life: Streams | None) -> Iterator[list[int]]:
+        """Descriptors for 0, 1 and 2 of a command whose output is to be among that life's; none when it has no more.
+        Closed on the way out."""
+        opened: list[int] = []
+        ends = {pipe.kind: pipe.fd for pipe in life.pipes} if life is not None else {}
+        try:
+            if 0 in ends:
+                opened.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+                for kind in (0, 1):
+                    fd = ends.get(kind, ends[0])
+                    opened.append(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC))
+        except OSError:  # no descriptors left: then without
+            for fd in opened:
+                os.close(fd)
+            opened = []
+        try:
+            yield opened
+        finally:
+            for fd in opened:
+                os.close(fd)
 
     async def tail(self, log: str, n: int, workers: Container[str] | None = None) -> list[bytes]:
         """The last n records (newlines included) of a log as it is at the call, of these worker ids (None: of all).

@@ -19,13 +19,29 @@ from typing import Any, Literal
 import msgspec
 from msgspec.structs import replace
 
-from nssup import __version__, adopt, clone, config, machine, notify, plan, procfs, readiness, record, reexec, wire
+from nssup import (
+    __version__,
+    adopt,
+    clone,
+    commands,
+    config,
+    machine,
+    notify,
+    plan,
+    prober,
+    procfs,
+    readiness,
+    record,
+    reexec,
+    wire,
+)
 from nssup.backlog import Backlog, missing
 from nssup.custody import Claim, Custody, Directories, Orphan, no_room, refused
 from nssup.desired import Desired
 from nssup.errors import ControlError, ExitCode, LaunchError, errno_name
 from nssup.events import (
     Alive,
+    CommandFailed,
     Empty,
     Event,
     Exited,
@@ -43,8 +59,10 @@ from nssup.events import (
     Stop,
 )
 from nssup.facts import Host
+from nssup.follower import Follower
 from nssup.journal import Journal, Mode
 from nssup.logs import LogHub, Passed, Streams
+from nssup.probe import LineWatch
 from nssup.selection import pool_of
 from nssup.spec import OWN_LOG, PoolSpec, SupervisorSpec, validate
 from nssup.staging import Staging
@@ -55,6 +73,8 @@ from nssup.workers import Actions, WorkerSet
 LAUNCHES_PER_TURN = 8
 # uvloop may fire a timer up to 1 ms early; an alarm that came too early would be armed again and again until then.
 _ALARM_SLACK = 0.001
+# Seconds that init gets to say that it has killed a command whose time was over.
+_COMMAND_GRACE = 5.0
 _AT_REST = frozenset({State.STOPPED, State.FAILED, State.DONE, State.LOST})
 
 
@@ -154,6 +174,8 @@ class Supervisor:
         self._rested: asyncio.Future[None] | None = None
         self._shutdown: asyncio.Future[None] | None = None
         self._notify = notify.Place(None if spec is None else spec.runtime_dir)
+        self._commands = commands.Commands()
+        self._probing: set[str] = set()  # pools that have probes
         self._custody: Custody | None = None
         self._backlog: Backlog | None = None
         self._unnoted: str | None = None  # a worker whose next change is noted with the one after it
@@ -203,6 +225,7 @@ class Supervisor:
             self._shutdown = self._loop.create_future()
             self._tasks = await asyncio.TaskGroup().__aenter__()
             self._tasks.create_task(self.logs.run(), name="nssup-logs")
+            self._prober = prober.Prober(self._loop, self._tasks, self)
             self._closes = opened.pop_all()
         return self
 
@@ -238,6 +261,7 @@ class Supervisor:
 
     def _end_lives(self) -> None:
         """Whatever still lives: let go if we leave and it may stay, else killed, waited for, closed."""
+        self._prober.close()
         self._launches.clear()
         if self._alarm is not None:
             self._alarm.cancel()
@@ -554,6 +578,8 @@ class Supervisor:
             self.logs.close_pool(spec.name)
             raise refused(error, "open") from None
         self._prepared[spec.name] = prepared
+        if prober.has_probes(spec):
+            self._probing.add(spec.name)
 
     def _told_how(self, spec: PoolSpec) -> record.Notify | None:
         """How the pool's programs say how they are. Raises ControlError."""
@@ -770,17 +796,122 @@ class Supervisor:
             self._rested.set_result(None)
 
     def _act_on_life(self, worker_id: str, action: machine.Action) -> None:
-        if not isinstance(action, machine.KillTree | machine.SignalMain | machine.SignalTree):
+        kinds = machine.KillTree | machine.SignalMain | machine.SignalTree | machine.RunCommand
+        if not isinstance(action, kinds):
             raise TypeError(f"no way to perform {action}")
         life = self._lives.get((worker_id, action.generation))
         if life is None:
             return  # it ended while the event was on its way
         if isinstance(action, machine.KillTree):
             life.process.kill()
+        elif isinstance(action, machine.RunCommand):
+            self._run_command(life, action)
         else:
             begun = self.workers.workers[worker_id].stop_step
             tree = isinstance(action, machine.SignalTree)
             life.process.signal(action.signo, tree=tree, stop_steps=0 if tree or begun is None else begun + 1)
+
+    def _run_command(self, life: _Life, action: machine.RunCommand) -> None:
+        """A command of the spec, beside the program; what it writes is among the program's output."""
+        prepared, step = self._prepared[life.pool], action.stop_step
+        spec = prepared.spec
+        seconds = spec.start_timeout if step is None else spec.stop[step].wait or machine.REST
+
+        def ended(done: wire.Done | None) -> None:
+            why = "not-run:EAGAIN" if done is None else commands.failure(done)
+            if why is not None:
+                self._command_failed(life, action, why)
+
+        index = self.workers.workers[life.worker_id].index
+        argv, candidates = prepared.command(action.command, index, action.generation)
+        with self.logs.writable(life.streams) as stdio:
+            number = self._commands.run(
+                life.process,
+                argv,
+                candidates,
+                ended,
+                timeout=seconds,
+                stdio=stdio,
+                stop_steps=0 if step is None else step + 1,
+            )
+        if number is None:
+            self._loop.call_soon(ended, None)
+
+    def _command_failed(self, life: _Life, action: machine.RunCommand, why: str) -> None:
+        worker = self.workers.workers.get(life.worker_id)
+        if worker is None or worker.generation != action.generation or not worker.alive:
+            return
+        detail = {"command": list(action.command)}
+        self.workers.note(
+            "command_failed",
+            now(),
+            worker=worker.id,
+            generation=action.generation,
+            reason=why,
+            detail=detail,
+        )
+        if action.stop_step is not None:
+            self.feed(worker.id, CommandFailed(action.generation, action.stop_step))
+
+    # --- probes ----------------------------------------------------------------------------------------------------
+
+    def probed(self, worker_id: str) -> tuple[PoolSpec, machine.Worker] | None:
+        worker = self.workers.workers.get(worker_id)
+        return None if worker is None else (self.workers.pools[worker.pool], worker)
+
+    def probe_says(self, worker_id: str, event: Input) -> None:
+        if worker_id in self.workers.workers:
+            self.feed(worker_id, event)
+
+    def probe_failed(self, worker_id: str, name: str, why: str) -> None:
+        worker = self.workers.workers[worker_id]
+        detail = {"probe": name, "why": why}
+        self.workers.note(
+            "probe_failed", now(), worker=worker_id, generation=worker.generation, reason="probe-failed", detail=detail
+        )
+
+    async def run_probe(self, worker_id: str, generation: int, words: tuple[str, ...], seconds: float) -> str | None:
+        life = self._lives.get((worker_id, generation))
+        if life is None:
+            return "gone"
+        answer: asyncio.Future[str | None] = self._loop.create_future()
+
+        def ended(done: wire.Done) -> None:
+            if not answer.done():
+                answer.set_result(commands.failure(done))
+
+        index = self.workers.workers[worker_id].index
+        argv, candidates = self._prepared[life.pool].command(words, index, generation)
+        number = self._commands.run(life.process, argv, candidates, ended, timeout=seconds)
+        if number is None:
+            return "not-run:EAGAIN"
+        try:
+            async with asyncio.timeout(seconds + _COMMAND_GRACE):
+                return await answer
+        except TimeoutError:
+            return "timeout"
+        finally:
+            self._commands.abandon(life.process, number)
+
+    def watch_lines(self, watch: LineWatch) -> None:
+        self.logs.join(watch)
+
+    def unwatch_lines(self, watch: Follower) -> None:
+        self.logs.leave(watch)
+
+    def last_lines_of(self, worker_id: str, count: int) -> list[bytes]:
+        return self.logs.last_records(worker_id, count)
+
+    def probes(self, worker_id: str) -> dict[str, str]:
+        """How the last try of each probe of the worker went: why it failed, "" when it did not."""
+        return {str(name): outcome.why for name, outcome in self._prober.last(worker_id).items()}
+
+    def status_text(self, worker_id: str) -> str | None:
+        """What the worker last said of itself by STATUS=, None when nothing."""
+        life = self._lives.get((worker_id, self.workers.workers[worker_id].generation))
+        if life is None or not life.notified.status:
+            return None
+        return "".join(c if c.isprintable() else "\ufffd" for c in life.notified.status.decode(errors="replace"))
 
     def _launch_all(self) -> None:
         """Whatever waits for its turn: it is promised in the notes, and nobody else would do it."""
@@ -857,6 +988,8 @@ class Supervisor:
         for number, message in enumerate(messages):
             if message.generation != life.process.generation:
                 continue
+            if isinstance(message, wire.Done):
+                self._commands.done(life.process, message, self.epoch)
             if isinstance(message, wire.Notify | wire.State):
                 life.notified = message.notified
             empty = number + 1 < len(messages) and isinstance(messages[number + 1], wire.Empty)
@@ -988,6 +1121,7 @@ class Supervisor:
             life.over = True
             self._drain(life)
         generation = life.process.generation
+        self._commands.forget(life.process)
         self._forget_descriptors(life)
         life.process.close()
         self._lives.pop((life.worker_id, generation), None)
@@ -1028,6 +1162,9 @@ class Supervisor:
 
     def _changed(self, worker_id: str, worker: machine.Worker | None) -> None:
         """The notes come before the deed: whoever comes after us must know what we were about to do."""
+        pool = pool_of(worker_id)
+        if pool in self._probing:
+            self._prober.follow(worker_id, self.workers.pools[pool], worker)
         if self._custody is None or worker_id == self._unnoted:
             return
         if worker is not None and worker_id in self._returning:
@@ -1046,6 +1183,7 @@ class Supervisor:
         self._journal.record(event)
         if event.event == "pool_removed" and event.pool is not None:
             self._prepared.pop(event.pool, None)
+            self._probing.discard(event.pool)
             self._configured.pop(event.pool, None)
             self.logs.close_pool(event.pool)
         for callback in tuple(self._subscribers):

@@ -43,7 +43,7 @@ from nssup.events import (
     Tick,
     Unready,
 )
-from nssup.spec import SIGKILL, PoolSpec
+from nssup.spec import SIGKILL, PoolSpec, StopStep
 
 # Seconds from the end of a program to that of its tree: init kills it at once, but init may be frozen, or lie.
 REST = 10.0
@@ -369,13 +369,14 @@ def _stop_step(w: Worker, number: int, here: Here) -> Step:
     step = here.spec.stop[number] if number < len(here.spec.stop) else None
     if step is None or step.kills:
         return _kill(w)
-    deed: Action
+    return replace(w, deadline=here.now + step.wait), (stop_deed(step, w.generation, number),)
+
+
+def stop_deed(step: StopStep, generation: int, number: int) -> Action:
+    """What there is to do in this step of the stop sequence."""
     if step.command is not None:
-        deed = RunCommand(w.generation, step.command, number)
-    else:
-        assert step.signal is not None
-        deed = SignalMain(w.generation, step.signal)
-    return replace(w, deadline=here.now + step.wait), (deed,)
+        return RunCommand(generation, step.command, number)
+    return KillTree(generation) if step.signal is None else SignalMain(generation, step.signal)
 
 
 def _command_failed(w: Worker, event: CommandFailed, here: Here) -> Step:

@@ -113,6 +113,16 @@ class Prepared(NamedTuple):
     rlimits: tuple[tuple[int, int, int], ...]
     notify: Notify | None = None
 
+    def command(
+        self, words: tuple[str, ...], index: int, generation: int
+    ) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """A command to be run beside the program: its words with their fields filled in, and the paths to try."""
+        name = self.spec.name
+        argv = [expand(word, name, index, generation) for word in words]
+        path = self.varying.get("PATH")
+        found = _candidates(argv[0], self.path if path is None else expand(path, name, index, generation))
+        return tuple(map(_bytes, argv)), found
+
     def plan(self, index: int, generation: int) -> Plan:
         """The launch of life `generation` of worker `index`."""
         spec = self.spec

@@ -23,15 +23,21 @@ def ready_fd(spec: PoolSpec) -> int | None:
     return next((probe.fd for probe in (spec.startup, spec.ready) if probe is not None and probe.notify == "fd"), None)
 
 
+def awaits_startup(spec: PoolSpec, w: Worker) -> bool:
+    """Whether a starting worker has yet to satisfy its startup probe, and not its ready probe."""
+    return spec.startup is not None and not w.passed
+
+
 def awaited(spec: PoolSpec, w: Worker) -> Probe | None:
     """The probe that a program which runs, and is starting, has yet to satisfy; None: there is none."""
-    return spec.startup if spec.startup is not None and not w.passed else spec.ready
+    return spec.startup if awaits_startup(spec, w) else spec.ready
 
 
-def succeeded(spec: PoolSpec, w: Worker) -> LifeInput | None:
+def succeeded(spec: PoolSpec, w: Worker) -> LifeInput:
     """What it means that the awaited probe of a starting worker has."""
-    first = spec.startup is not None and not w.passed
-    return Passed(w.generation) if first and spec.ready is not None else Ready(w.generation)
+    if awaits_startup(spec, w) and spec.ready is not None:
+        return Passed(w.generation)
+    return Ready(w.generation)
 
 
 def follows(spec: PoolSpec, w: Worker, told: Notified) -> LifeInput | None:

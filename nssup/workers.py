@@ -16,6 +16,8 @@ Published, one Event per change of state, plus facts (`from` and `to` are None):
 | `stopped` `finished` `failed` | to stopped, done, failed: nothing of it is left |
 | `became_ready` `became_unready` | facts: a running worker is ready again, or not any more |
 | `command_run` | fact: the next stop step, a command, has begun |
+| `probe_failed` | fact: a probe of a running worker failed after it had succeeded, or did so once too often |
+| `command_failed` | fact: a command of the stop sequence, or of a reload, failed or could not be run |
 | `signalled` | fact: a signal was sent without a change of state: an operator's, or the next stop step |
 | `intensity_exceeded` | fact: a worker died too often, and has failed; `detail.then` says what else follows |
 | `reset` | fact: an operator had a worker's failures forgotten |
@@ -68,6 +70,8 @@ EVENTS = frozenset(EVENT_OF.values()) | {
     "became_ready",
     "became_unready",
     "command_run",
+    "command_failed",
+    "probe_failed",
     "signalled",
     "intensity_exceeded",
     "reset",

@@ -21,11 +21,12 @@ ROWS = [
     "errors units locate verbs",
     "spec events record wire keys document envfile handover",
     "machine restart history explain readiness deps rollout schedule adopt lines config diff render selection plan "
-    "openapi access audit",
+    "openapi access audit probing",
     "effective metrics",
     "workers",
     "backlog clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
-    "snapshot logfile logread logpool intake follower framing journal desired systemd reexec notify",
+    "snapshot logfile logread logpool intake follower framing journal desired systemd reexec notify commands "
+    "prober",
     "loop sim pipes hub",
     "process foreground http operation",
     "api executor tasks pools",
@@ -42,6 +43,12 @@ WITHIN_ROW = {
     ("machine", "restart"),
     ("adopt", "machine"),
     ("readiness", "machine"),
+    ("probing", "machine"),
+    ("probing", "readiness"),
+    ("commands", "clone"),
+    ("probe", "follower"),
+    ("prober", "probe"),
+    ("prober", "follower"),
     ("adopt", "restart"),
     ("history", "machine"),
     ("history", "render"),
