@@ -7,22 +7,30 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # typing's own costs 10 ms
 if TYPE_CHECKING:
+    from nssup.crew import Call, CallTimeout, ExecutorBroken, MemoryLimit, WorkerDied
     from nssup.errors import ControlError, ImpossibleEvent, LaunchError, NssupError, SpecError
     from nssup.events import Event, Exit, State
+    from nssup.executor import AsyncExecutor, Executor
     from nssup.lines import Record
     from nssup.pools import Events, EventsLost, Logs, Pool, PoolFailed, Supervisor, Worker
     from nssup.process import Process, Result, RunFailed, RunTimeout, launch, run
     from nssup.spec import PoolSpec
 
 _HOMES = {
+    "AsyncExecutor": "executor",
+    "Call": "crew",
+    "CallTimeout": "crew",
     "ControlError": "errors",
     "Event": "events",
     "Events": "pools",
     "EventsLost": "pools",
+    "Executor": "executor",
+    "ExecutorBroken": "crew",
     "Exit": "events",
     "ImpossibleEvent": "errors",
     "LaunchError": "errors",
     "Logs": "pools",
+    "MemoryLimit": "crew",
     "NssupError": "errors",
     "Pool": "pools",
     "PoolFailed": "pools",
@@ -36,19 +44,26 @@ _HOMES = {
     "State": "events",
     "Supervisor": "pools",
     "Worker": "pools",
+    "WorkerDied": "crew",
     "launch": "process",
     "run": "process",
 }
 
 __all__ = [
+    "AsyncExecutor",
+    "Call",
+    "CallTimeout",
     "ControlError",
     "Event",
     "Events",
     "EventsLost",
+    "Executor",
+    "ExecutorBroken",
     "Exit",
     "ImpossibleEvent",
     "LaunchError",
     "Logs",
+    "MemoryLimit",
     "NssupError",
     "Pool",
     "PoolFailed",
@@ -62,6 +77,7 @@ __all__ = [
     "State",
     "Supervisor",
     "Worker",
+    "WorkerDied",
     "__version__",
     "launch",
     "run",

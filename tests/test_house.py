@@ -26,10 +26,10 @@ ROWS = [
     "workers",
     "backlog clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
     "snapshot logfile logread logpool intake follower framing journal desired systemd reexec notify commands "
-    "prober",
+    "prober interpreter",
     "loop sim pipes hub",
     "process foreground http operation",
-    "api executor tasks pools",
+    "crew api pools tasks executor",
     "desk",
     "seeing doing following reviewing",
     "routes",
@@ -82,6 +82,7 @@ WITHIN_ROW = {
     ("journal", "logs"),
     ("journal", "snapshot"),
     ("hub", "pipes"),
+    ("executor", "crew"),
 }
 
 # `signal` is not here: the pure rows need the names of signals.
