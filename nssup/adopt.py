@@ -49,6 +49,7 @@ KEPT = (
     "fault",
     "last_life",
     "condemned",
+    "held",
 )
 _EXIT, _LAST_EXIT, _HISTORY = KEPT.index("exit"), KEPT.index("last_exit"), KEPT.index("history")
 _KEPT_EXIT = ("reason", "code", "signal", "core", "oom", "timed_out", "cpu_seconds", "max_rss_bytes", "at")
@@ -149,13 +150,17 @@ def _coherent(w: Worker) -> bool:
         return False
     if w.generation < 0 or (w.stop_step or 0) < 0 or w.outcome not in (None, *_AT_REST):
         return False
+    if w.held and (w.state is not State.STOPPING or w.stop_step is not None or not w.alive):
+        return False
     if w.state in (State.STARTING, State.RUNNING):
         return w.alive and w.want_up and not w.again and w.uptime is None
     if w.state is State.STOPPING:
         return w.alive or w.outcome is not None
     if w.state is State.BACKOFF:
         return not w.alive and w.deadline is not None
-    return not w.alive and w.state is not State.WAITING
+    if w.state is State.WAITING:
+        return not w.alive and w.want_up and w.deadline is None
+    return not w.alive
 
 
 # --- taking over ---------------------------------------------------------------------------------------------------
@@ -199,7 +204,8 @@ def adopt(slot: Slot, fact: Fact, lingering: tuple[int, ...], now: float) -> Ado
             worker = replace(worker, deadline=max(worker.deadline, now + patience))
         return Adopted(worker)
     if not fact.gone:
-        return Adopted(replace(worker, state=State.LOST, reason=f"lost:{fact.why}", deadline=None, alive=False))
+        lost = replace(worker, state=State.LOST, reason=f"lost:{fact.why}", deadline=None, alive=False, held=False)
+        return Adopted(lost)
     if slot.init_host_pid:
         return Adopted(worker, (Gone(slot.generation, Exit(reason="init-killed")),))
     # GO comes after the note of init: it never ran.
@@ -240,6 +246,7 @@ def _found(worker: Worker, slot: Slot) -> Worker:
         state=State.STARTING,
         alive=True,
         again=False,
+        held=False,
         init_host_pid=slot.init_host_pid or None,
         host_pid=None,
         ns_pid=None,

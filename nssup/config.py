@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from nssup import __version__, document, envfile, keys
+from nssup import __version__, dependencies, document, envfile, keys
 from nssup.document import Document, Table
 from nssup.errors import ExitCode, Problem, SpecError
 from nssup.locate import Path, dotted, quoted
@@ -90,6 +90,8 @@ def parse(name: str, data: bytes, read: Read, facts: Facts) -> Config:
     for path, why in keys.convert(keys.POOL, reading.defaults)[1]:
         reading.blame(main, ("defaults", *path), why)
     specs = [_pool(reading, pool, facts) for pool in reading.pools.values()]
+    for name, needed, why in dependencies.problems({spec.name: spec for spec in specs}):
+        reading.blame_pool(reading.pools[name], ("requires", needed), why)
     if reading.problems:
         raise reading.refusal()
     warnings = sorted({warning for spec in specs for warning in _warnings(reading.pools[spec.name], spec, facts)})

@@ -67,7 +67,7 @@ def start(desk: Desk, call: Call) -> Answer:
 def stop(desk: Desk, call: Call) -> Answer:
     command: Command = call.command
     judge = operation.aim(command.wait, operation.down, DOWN)
-    work = [(each, Stop(), judge) for each in _meant(desk, command, "stop")]
+    work = [(each, Stop(), judge) for each in desk.supervisor.workers.dependents_first(_meant(desk, command, "stop"))]
     return _run(desk, "stop", work, command.timeout, call.text)
 
 
@@ -76,7 +76,7 @@ def restart(desk: Desk, call: Call) -> Answer:
     there = desk.supervisor.workers.workers
     work = [
         (each, Restart(), operation.aim(command.wait, operation.renewed(there[each].generation), UP))
-        for each in _meant(desk, command, "restart")
+        for each in desk.supervisor.workers.dependents_first(_meant(desk, command, "restart"))
     ]
     return _run(desk, "restart", work, command.timeout, call.text)
 

@@ -5,7 +5,7 @@ so that news of a life already replaced can never act on its successor. Times ar
 """
 
 import enum
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -84,6 +84,24 @@ class Kill(Input, frozen=True):
 
     signo: int
     tree: bool = False
+
+
+# --- decided between pools ---------------------------------------------------------------------------------------
+
+
+class Unblocked(Input, frozen=True):
+    """What the pool requires is there, or lacks something else than before."""
+
+
+class DependencyLost(Input, frozen=True):
+    """A worker of `pool`, which this one's pool requires, is not as required any more. then: what is to follow."""
+
+    pool: str
+    then: Literal["restart", "stop"]
+
+
+class Released(Input, frozen=True):
+    """Those that require the worker's pool are down: its stop sequence may begin."""
 
 
 # --- what became of a life ---------------------------------------------------------------------------------------

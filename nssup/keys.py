@@ -359,6 +359,40 @@ def _some_time(value: object) -> float:
 PERIOD = Kind("duration", _some_time)
 
 
+_WHEN = one_of("started", "ready", "done", "stopped")
+REQUIREMENT = {
+    "when": Key(
+        _WHEN,
+        '"ready"',
+        "What each worker wanted of the other pool must be: its program runs; ready too; it ended well; nothing of it "
+        "is left. `done` counts as started and ready.",
+    ),
+    "lost": Key(
+        one_of("ignore", "restart", "stop"),
+        '"ignore"',
+        "When one of them is so no more: nothing; stop, and start when they are so again; stop, and stay down.",
+    ),
+}
+
+
+def _requires(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        _fail(f'must be a table, not {_is(value)}: write requires = {{ db = "ready" }}')
+    taken: dict[str, Any] = {}
+    found: Found = []
+    for name, wish in value.items():
+        try:
+            if isinstance(wish, dict):
+                taken[name] = _table(wish, REQUIREMENT, "")
+            else:
+                taken[name] = {"when": _WHEN.take(wish)}
+        except Wrong as wrong:
+            found += [((name, *path), why) for path, why in wrong.found]
+    if found:
+        raise Wrong(found, taken)
+    return taken
+
+
 UNLIMITED = "unlimited"
 LIMIT = {
     "soft": Key(None, "", "What holds; the process may change it up to hard."),
@@ -543,6 +577,11 @@ POOL = {
     ),
     "shell": Key(FLAG, "false", "`command` is a text for `/bin/sh -c`."),
     "workers": Key(whole(0, 1_000_000), "1", "How many of them."),
+    "requires": Key(
+        Kind('table of `"when"` or `{ when, lost }`', _requires),
+        "{}",
+        "By name, the pools that must be as described first, whenever a worker of this one is to be launched.",
+    ),
     "directory": Key(TEXT, '"/"', "Working directory; absolute."),
     "user": Key(
         TEXT, "the supervisor's", "Name, or number as a text. Sets the group and the supplementary groups too."
@@ -601,7 +640,6 @@ POOL = {
     "restart": Key(table(RESTART, 'restart = { policy = "..." }'), "", "See below."),
     "limits": Key(table(LIMITS, "limits = { rlimits = { nofile = 1024 } }"), "", "See below."),
     "log": Key(table(LOG, "log = { merge = true }"), "", "See below."),
-    "requires": later("Dependencies."),
     "credentials": later("Secret files."),
     "sockets": later("Socket activation."),
     "rolling": later("Rolling restarts."),

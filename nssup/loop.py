@@ -37,8 +37,9 @@ from nssup import (
 )
 from nssup.backlog import Backlog, missing
 from nssup.custody import Claim, Custody, Directories, Orphan, no_room, refused
+from nssup.dependencies import problems as problems_between
 from nssup.desired import Desired
-from nssup.errors import ControlError, ExitCode, LaunchError, errno_name
+from nssup.errors import ControlError, ExitCode, LaunchError, Problem, SpecError, errno_name
 from nssup.events import (
     Alive,
     CommandFailed,
@@ -351,7 +352,9 @@ class Supervisor:
         The next supervisor starts them again.
         """
         self._launch_all()
+        order = {pool: number for number, pool in enumerate(self.workers.stop_order(self.workers.pools))}
         bound = [life for life in self._lives.values() if not self._stays(life)]
+        bound.sort(key=lambda life: order.get(life.pool, -1))
         self._awaited = frozenset((life.worker_id, life.process.generation) for life in bound)
         for life in bound:
             worker = self.workers.workers.get(life.worker_id)
@@ -366,12 +369,13 @@ class Supervisor:
         self.workers.note("left_running", now(), reason=reason, detail={"workers": staying})
 
     async def stop_all(self) -> None:
-        """Stop every worker by its stop sequence, pools in reverse order, and wait until each is proven gone.
+        """Stop every worker by its stop sequence, and wait until each is proven gone. A pool that others require waits
+        for them; otherwise all at once, the last pool first.
 
         For good: nobody can start anything from now on. Who is lost stays so.
         """
         self._ending = True
-        for pool in reversed(list(self.workers.pools)):
+        for pool in self.workers.stop_order(self.workers.pools):
             for worker in [w for w in self.workers.workers.values() if w.pool == pool and w.state is not State.LOST]:
                 self._stop(worker)
         await self._wait_rest()
@@ -490,6 +494,8 @@ class Supervisor:
         Raises what add_pool does, and then nothing was started and nothing taken over.
         """
         specs = list(specs)
+        if found := problems_between({spec.name: spec for spec in specs}):
+            raise SpecError(*(Problem("", 0, 0, f"pool.{pool}.requires.{name}", why) for pool, name, why in found))
         for spec in specs:
             self._prepare(spec)
         unwanted = sorted(self._custody.unclaimed()) if self._custody else []

@@ -17,6 +17,7 @@ from nssup.errors import ImpossibleEvent
 from nssup.events import (
     Alive,
     CommandFailed,
+    DependencyLost,
     Empty,
     Exit,
     Exited,
@@ -29,6 +30,7 @@ from nssup.events import (
     LifeInput,
     Passed,
     Ready,
+    Released,
     Reload,
     Remove,
     Reset,
@@ -41,6 +43,7 @@ from nssup.events import (
     State,
     Stop,
     Tick,
+    Unblocked,
     Unready,
 )
 from nssup.spec import SIGKILL, PoolSpec, StopStep
@@ -51,6 +54,9 @@ REST = 10.0
 LATE = 0.5
 # The reason of workers that are down because another of their pool died too often.
 POOL_FAILED = "pool-failed"
+
+# The reason of who waits for another pool, or is down for want of it, is this and the pool's name.
+DEPENDENCY = "dependency:"
 
 # --- what is to be done --------------------------------------------------------------------------------------------
 
@@ -123,9 +129,10 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     for more time. fault: why we began to stop it, without being asked to.
     host_pid, ns_pid: the program's, None when there is none; last_host_pid, last_ns_pid: also after its end.
     alive: the newest life is not over. killed: its tree was sent SIGKILL by us. stop_step: the step of spec.stop it is
-    in, None outside the sequence. lingering: lives that are over, their init not reaped yet. outcome: the state that
-    waits for that, in STOPPING. exit: how the life ended so far; last_exit: how the last life that is over ended;
-    last_life: which one that was. condemned: it is going down to be FAILED, because its pool has failed.
+    in, None outside the sequence. held: its stop sequence begins only when those that require its pool are down; in
+    STOPPING alone. lingering: lives that are over, their init not reaped yet. outcome: the state that waits for that,
+    in STOPPING. exit: how the life ended so far; last_exit: how the last life that is over ended; last_life: which one
+    that was. condemned: it is going down to be FAILED, because its pool has failed.
     """
 
     pool: str
@@ -155,6 +162,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     alive: bool = False
     killed: bool = False
     stop_step: int | None = None
+    held: bool = False
     lingering: tuple[int, ...] = ()
     outcome: State | None = None
     exit: Exit | None = None
@@ -176,12 +184,24 @@ class Span(NamedTuple):
     ended: float
 
 
+class Around(NamedTuple):
+    """How its pool stands to others. blocker: the pool that has to be waited for before a launch. required: others
+    require it."""
+
+    blocker: str | None = None
+    required: bool = False
+
+
+ALONE = Around()
+
+
 class Here(NamedTuple):
     """What a step may know beside the worker and the event. seed: of the jitter, one for the whole supervisor."""
 
     spec: PoolSpec
     now: float
     seed: str
+    around: Around = ALONE
 
 
 Step: TypeAlias = tuple[Worker, tuple[Action, ...]]
@@ -192,7 +212,10 @@ NOTHING: tuple[Action, ...] = ()
 
 
 def _launch(w: Worker, here: Here, reason: str | None) -> Step:
-    """The next life. Whatever lingers goes on lingering beside it."""
+    """The next life, as soon as no other pool is in the way. Whatever lingers goes on lingering beside it."""
+    if here.around.blocker is not None:
+        reason = DEPENDENCY + here.around.blocker
+        return replace(w, state=State.WAITING, reason=reason, again=False, deadline=None, outcome=None), NOTHING
     generation = w.generation + 1
     w = replace(
         w,
@@ -233,6 +256,11 @@ def _relaunch(w: Worker, here: Here) -> Step:
     """The next life, by policy."""
     reason = w.last_exit.reason if w.last_exit else None
     return _launch(replace(w, restarts=w.restarts + 1), here, reason)
+
+
+def _unblocked(w: Worker, event: Unblocked, here: Here) -> Step:
+    """What it waited for is there: launched; or it waits for something else."""
+    return _launch(w, here, None)
 
 
 def _launched(w: Worker, event: Launched, here: Here) -> Step:
@@ -353,10 +381,12 @@ def _launch_withdrawn(w: Worker, event: LaunchFailed, here: Here) -> Step:
 
 
 def _begin_stop(w: Worker, here: Here, reason: str = "operator") -> Step:
-    """Into the stop sequence, or straight to the kill when the program does not run yet."""
+    """Into the stop sequence, or straight to the kill when the program does not run yet. A program that others may
+    lean on is held back first, until they are down; but not one that is of no use."""
     w = replace(w, state=State.STOPPING, reason=reason, ready=False, deadline=None, extended=here.now)
     if w.running_since is not None:
-        return _stop_step(w, 0, here)
+        held = here.around.required and w.fault is None
+        return (replace(w, held=True), NOTHING) if held else _stop_step(w, 0, here)
     # Without an init yet, the kill comes with Launched.
     return _kill(w) if w.init_host_pid is not None and not w.killed else (w, NOTHING)
 
@@ -421,6 +451,35 @@ def _fail_after_stop(w: Worker, event: Input, here: Here) -> Step:
 def _fail_at_rest(w: Worker, event: Input, here: Here) -> Step:
     """Failed with its pool; no life is in the way."""
     return _rest(replace(w, deadline=None), State.FAILED, POOL_FAILED)
+
+
+def _released(w: Worker, event: Released, here: Here) -> Step:
+    """Nobody leans on it any more: the stop sequence begins, if the program has not ended meanwhile."""
+    if not w.held:
+        return w, NOTHING
+    w = replace(w, held=False)
+    return _stop_step(w, 0, here) if w.running_since is not None else (w, NOTHING)
+
+
+def _dependency_lost(w: Worker, event: DependencyLost, here: Here) -> Step:
+    """Down, by the stop sequence: for good, or until what is required is there again."""
+    back = event.then == "restart"
+    w = replace(w, want_up=back, again=back, restarts=w.restarts + back)
+    return _begin_stop(w, here, DEPENDENCY + event.pool)
+
+
+def _dependency_lost_in_backoff(w: Worker, event: DependencyLost, here: Here) -> Step:
+    """Down for good; or nothing: the next launch will wait."""
+    if event.then == "restart":
+        return w, NOTHING
+    return _rest(replace(w, want_up=False, deadline=None), State.STOPPED, DEPENDENCY + event.pool)
+
+
+def _dependency_lost_in_stop(w: Worker, event: DependencyLost, here: Here) -> Step:
+    """Whatever was to follow does not, if it is to stay down."""
+    if event.then == "restart" or not w.want_up or w.outcome is not None:
+        return w, NOTHING
+    return replace(w, want_up=False, again=False, reason=DEPENDENCY + event.pool), NOTHING
 
 
 def _next_stop_step(w: Worker, event: Tick, here: Here) -> Step:
@@ -531,6 +590,7 @@ def _over(w: Worker, ended: Exit, here: Here) -> Step:
         ready=False,
         deadline=None,
         stop_step=None,
+        held=False,
         init_host_pid=None,
         host_pid=None,
         ns_pid=None,
@@ -538,7 +598,7 @@ def _over(w: Worker, ended: Exit, here: Here) -> Step:
     if w.again:
         return _launch(w, here, None)
     if not w.want_up:
-        return _rest(w, State.STOPPED, "operator")
+        return _rest(w, State.STOPPED, w.reason if (w.reason or "").startswith(DEPENDENCY) else "operator")
     if w.condemned:
         return _rest(w, State.FAILED, POOL_FAILED)
     return _by_policy(w, ended, uptime, here)
@@ -665,14 +725,23 @@ def _to(do: Callable[..., Step], *states: State) -> Edge:
 _S = State
 
 TABLE: dict[tuple[State, type[Input]], Edge] = {
-    (_S.STOPPED, Start): _to(_start, _S.STARTING),
-    (_S.STOPPED, Restart): _to(_start, _S.STARTING),
+    (_S.STOPPED, Start): _to(_start, _S.STARTING, _S.WAITING),
+    (_S.STOPPED, Restart): _to(_start, _S.STARTING, _S.WAITING),
     (_S.STOPPED, Remove): _to(_down, _S.STOPPED),
     (_S.STOPPED, Reset): _to(_reset, _S.STOPPED),
+    (_S.WAITING, Start): _to(_stay_up, _S.WAITING),
+    (_S.WAITING, Stop): _to(_down, _S.STOPPED, _S.STOPPING),
+    (_S.WAITING, Restart): _to(_stay_up, _S.WAITING),
+    (_S.WAITING, Remove): _to(_down, _S.STOPPED, _S.STOPPING),
+    (_S.WAITING, Reset): _to(_reset, _S.WAITING),
+    (_S.WAITING, Fail): _to(_fail_at_rest, _S.FAILED, _S.STOPPING),
+    (_S.WAITING, Unblocked): _to(_unblocked, _S.WAITING, _S.STARTING),
+    (_S.WAITING, Gone): _to(_gone, _S.WAITING),
     (_S.STARTING, Start): _to(_stay_up, _S.STARTING),
     (_S.STARTING, Stop): _to(_stop, _S.STOPPING),
     (_S.STARTING, Restart): _to(_restart, _S.STOPPING),
     (_S.STARTING, Remove): _to(_remove, _S.STOPPING),
+    (_S.STARTING, DependencyLost): _to(_dependency_lost, _S.STOPPING),
     (_S.STARTING, Kill): _to(_signal, _S.STARTING),
     (_S.STARTING, Reset): _to(_reset, _S.STARTING),
     (_S.STARTING, Fail): _to(_fail, _S.STOPPING),
@@ -693,6 +762,7 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.RUNNING, Stop): _to(_stop, _S.STOPPING),
     (_S.RUNNING, Restart): _to(_restart, _S.STOPPING),
     (_S.RUNNING, Remove): _to(_remove, _S.STOPPING),
+    (_S.RUNNING, DependencyLost): _to(_dependency_lost, _S.STOPPING),
     (_S.RUNNING, Kill): _to(_signal, _S.RUNNING),
     (_S.RUNNING, Ready): _to(_ready_again, _S.RUNNING),
     (_S.RUNNING, Unready): _to(_unready, _S.RUNNING),
@@ -702,42 +772,47 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.RUNNING, Reload): _to(_reload, _S.RUNNING),
     (_S.RUNNING, Reset): _to(_reset, _S.RUNNING),
     (_S.RUNNING, Fail): _to(_fail, _S.STOPPING),
-    (_S.RUNNING, Exited): _to(_exited, _S.STOPPING, _S.STARTING, _S.BACKOFF),
-    (_S.RUNNING, Empty): _to(_empty, _S.STOPPING, _S.STARTING, _S.BACKOFF),
-    (_S.RUNNING, Gone): _to(_gone, _S.RUNNING, _S.STARTING, _S.BACKOFF, _S.STOPPED, _S.FAILED, _S.DONE, _S.STOPPING),
-    (_S.STOPPING, Start): _to(_come_back, _S.STOPPING, _S.STARTING),
+    (_S.RUNNING, Exited): _to(_exited, _S.STOPPING, _S.STARTING, _S.WAITING, _S.BACKOFF),
+    (_S.RUNNING, Empty): _to(_empty, _S.STOPPING, _S.STARTING, _S.WAITING, _S.BACKOFF),
+    (_S.RUNNING, Gone): _to(
+        _gone, _S.RUNNING, _S.STARTING, _S.WAITING, _S.BACKOFF, _S.STOPPED, _S.FAILED, _S.DONE, _S.STOPPING
+    ),
+    (_S.STOPPING, Start): _to(_come_back, _S.STOPPING, _S.STARTING, _S.WAITING),
     (_S.STOPPING, Stop): _to(_stay_down, _S.STOPPING),
-    (_S.STOPPING, Restart): _to(_come_back, _S.STOPPING, _S.STARTING),
+    (_S.STOPPING, Restart): _to(_come_back, _S.STOPPING, _S.STARTING, _S.WAITING),
     (_S.STOPPING, Remove): _to(_stay_down, _S.STOPPING),
+    (_S.STOPPING, DependencyLost): _to(_dependency_lost_in_stop, _S.STOPPING),
+    (_S.STOPPING, Released): _to(_released, _S.STOPPING),
     (_S.STOPPING, Kill): _to(_signal, _S.STOPPING),
     (_S.STOPPING, Reset): _to(_reset_stopping, _S.STOPPING),
     (_S.STOPPING, Fail): _to(_fail_after_stop, _S.STOPPING),
     (_S.STOPPING, Launched): _to(_launched_to_die, _S.STOPPING),
-    (_S.STOPPING, LaunchFailed): _to(_launch_withdrawn, _S.STOPPED, _S.STARTING, _S.FAILED, _S.STOPPING),
+    (_S.STOPPING, LaunchFailed): _to(_launch_withdrawn, _S.STOPPED, _S.STARTING, _S.WAITING, _S.FAILED, _S.STOPPING),
     (_S.STOPPING, Started): _to(_started, _S.STOPPING),
     (_S.STOPPING, SetupFailed): _to(_setup_failed, _S.STOPPING),
-    (_S.STOPPING, Exited): _to(_exited, _S.STOPPING, _S.STARTING, _S.BACKOFF),
-    (_S.STOPPING, Empty): _to(_empty, _S.STOPPING, _S.STARTING, _S.BACKOFF),
-    (_S.STOPPING, Gone): _to(_gone, _S.STOPPING, _S.STOPPED, _S.STARTING, _S.BACKOFF, _S.FAILED, _S.DONE),
+    (_S.STOPPING, Exited): _to(_exited, _S.STOPPING, _S.STARTING, _S.WAITING, _S.BACKOFF),
+    (_S.STOPPING, Empty): _to(_empty, _S.STOPPING, _S.STARTING, _S.WAITING, _S.BACKOFF),
+    (_S.STOPPING, Gone): _to(_gone, _S.STOPPING, _S.STOPPED, _S.STARTING, _S.WAITING, _S.BACKOFF, _S.FAILED, _S.DONE),
     (_S.STOPPING, Alive): _to(_alive, _S.STOPPING),
     (_S.STOPPING, CommandFailed): _to(_command_failed, _S.STOPPING),
     (_S.STOPPING, Tick): _to(_next_stop_step, _S.STOPPING),
-    (_S.BACKOFF, Start): _to(_start, _S.STARTING),
+    (_S.BACKOFF, Start): _to(_start, _S.STARTING, _S.WAITING),
     (_S.BACKOFF, Stop): _to(_down, _S.STOPPED, _S.STOPPING),
-    (_S.BACKOFF, Restart): _to(_start, _S.STARTING),
+    (_S.BACKOFF, Restart): _to(_start, _S.STARTING, _S.WAITING),
     (_S.BACKOFF, Remove): _to(_down, _S.STOPPED, _S.STOPPING),
     (_S.BACKOFF, Reset): _to(_reset_wait, _S.BACKOFF),
     (_S.BACKOFF, Fail): _to(_fail_at_rest, _S.FAILED, _S.STOPPING),
+    (_S.BACKOFF, DependencyLost): _to(_dependency_lost_in_backoff, _S.BACKOFF, _S.STOPPED, _S.STOPPING),
     (_S.BACKOFF, Gone): _to(_gone, _S.BACKOFF),
-    (_S.BACKOFF, Tick): _to(_wait_over, _S.BACKOFF, _S.STARTING),
-    (_S.FAILED, Start): _to(_start, _S.STARTING),
+    (_S.BACKOFF, Tick): _to(_wait_over, _S.BACKOFF, _S.STARTING, _S.WAITING),
+    (_S.FAILED, Start): _to(_start, _S.STARTING, _S.WAITING),
     (_S.FAILED, Stop): _to(_down, _S.STOPPED),
-    (_S.FAILED, Restart): _to(_start, _S.STARTING),
+    (_S.FAILED, Restart): _to(_start, _S.STARTING, _S.WAITING),
     (_S.FAILED, Remove): _to(_down, _S.STOPPED),
     (_S.FAILED, Reset): _to(_reset_failed, _S.STOPPED),
-    (_S.DONE, Start): _to(_start, _S.STARTING),
+    (_S.DONE, Start): _to(_start, _S.STARTING, _S.WAITING),
     (_S.DONE, Stop): _to(_down, _S.STOPPED),
-    (_S.DONE, Restart): _to(_start, _S.STARTING),
+    (_S.DONE, Restart): _to(_start, _S.STARTING, _S.WAITING),
     (_S.DONE, Remove): _to(_down, _S.STOPPED),
     (_S.DONE, Reset): _to(_reset, _S.DONE),
     # Only an operator may say that what could not be proven ours is dealt with.
@@ -746,11 +821,9 @@ TABLE: dict[tuple[State, type[Input]], Edge] = {
     (_S.LOST, Gone): _to(_gone, _S.LOST),
 }
 
-# A state that no edge touches yet: dependencies will.
-RESERVED = frozenset({State.WAITING})
-
 _PROGRESS: tuple[type[Input], ...] = (Launched, LaunchFailed, Started, Running, SetupFailed, Exited, Empty)
 _HEALTH: tuple[type[Input], ...] = (Passed, Ready, Unready, Sick, Alive, CommandFailed)
+_BETWEEN: tuple[type[Input], ...] = (Unblocked, DependencyLost, Released)
 
 
 def _ignored(state: State, *kinds: type[Input]) -> frozenset[tuple[State, type[Input]]]:
@@ -760,18 +833,20 @@ def _ignored(state: State, *kinds: type[Input]) -> frozenset[tuple[State, type[I
 # Legal and without effect: repeated wishes, signals to nobody, late timers, and news of a life that is over (what
 # happened after the kill is told by Gone alone) or of a step that this life has behind it.
 IGNORED: frozenset[tuple[State, type[Input]]] = (
-    _ignored(State.STOPPED, Stop, Kill, Reload, Fail, Tick, Gone, *_PROGRESS, *_HEALTH)
-    | _ignored(State.STARTING, Reload, Unready, CommandFailed)
+    _ignored(State.STOPPED, Stop, Kill, Reload, Fail, Tick, Gone, *_PROGRESS, *_HEALTH, *_BETWEEN)
+    | _ignored(State.WAITING, Kill, Reload, Tick, DependencyLost, Released, *_PROGRESS, *_HEALTH)
+    | _ignored(State.STARTING, Reload, Unready, CommandFailed, Unblocked, Released)
     | _ignored(State.RUNNING, Launched, LaunchFailed, Started, Running, SetupFailed, Passed, CommandFailed)
-    | _ignored(State.STOPPING, Reload, Running, Passed, Ready, Unready, Sick)
-    | _ignored(State.BACKOFF, Kill, Reload, *_PROGRESS, *_HEALTH)
-    | _ignored(State.FAILED, Kill, Reload, Fail, Tick, Gone, *_PROGRESS, *_HEALTH)
-    | _ignored(State.DONE, Kill, Reload, Fail, Tick, Gone, *_PROGRESS, *_HEALTH)
-    | _ignored(State.LOST, Start, Restart, Kill, Reset, Reload, Fail, Tick, *_PROGRESS, *_HEALTH)
+    | _ignored(State.RUNNING, Unblocked, Released)
+    | _ignored(State.STOPPING, Reload, Running, Passed, Ready, Unready, Sick, Unblocked)
+    | _ignored(State.BACKOFF, Kill, Reload, Unblocked, Released, *_PROGRESS, *_HEALTH)
+    | _ignored(State.FAILED, Kill, Reload, Fail, Tick, Gone, *_PROGRESS, *_HEALTH, *_BETWEEN)
+    | _ignored(State.DONE, Kill, Reload, Fail, Tick, Gone, *_PROGRESS, *_HEALTH, *_BETWEEN)
+    | _ignored(State.LOST, Start, Restart, Kill, Reset, Reload, Fail, Tick, *_PROGRESS, *_HEALTH, *_BETWEEN)
 )
 
 
-def step(w: Worker, spec: PoolSpec, event: Input, now: float, seed: str = "") -> Step:
+def step(w: Worker, spec: PoolSpec, event: Input, now: float, seed: str = "", around: Around = ALONE) -> Step:
     """The worker after event, and the actions to do, in order.
 
     News of an older life, or of one that is over, changes nothing but `lingering`. Raises ImpossibleEvent for a pair
@@ -788,7 +863,7 @@ def step(w: Worker, spec: PoolSpec, event: Input, now: float, seed: str = "") ->
         if (w.state, kind) in IGNORED:
             return w, NOTHING
         raise ImpossibleEvent(f"{w.id}: {event} in state {w.state}")
-    result = edge.do(w, event, Here(spec, now, seed))
+    result = edge.do(w, event, Here(spec, now, seed, around))
     if result[0].state not in edge.to:
         raise ImpossibleEvent(f"{w.id}: {event} led from {w.state} to {result[0].state}, which no edge declares")
     return result

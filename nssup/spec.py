@@ -161,6 +161,14 @@ class ReloadSpec(msgspec.Struct, frozen=True, kw_only=True):
 DEFAULT_STOP = (StopStep(SIGTERM, 10.0), StopStep(None))
 
 
+class Requirement(msgspec.Struct, frozen=True, kw_only=True):
+    """What a pool needs of another: that all workers wanted of it are `when` (dependencies.holds), each time one of its
+    own is to be launched. lost: what becomes of those that are up when one of the other's is so no more."""
+
+    when: Literal["started", "ready", "done", "stopped"] = "ready"
+    lost: Literal["ignore", "restart", "stop"] = "ignore"
+
+
 class LogSpec(msgspec.Struct, frozen=True, kw_only=True):
     """merge: stdout and stderr share one pipe (order between them kept, stream is `stdout`)."""
 
@@ -172,12 +180,14 @@ class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     command, env, directory, hostname may hold {index} {pool} {id} {generation}, {index+9000}, {index:02}: see `expand`.
     user, group, groups: names or numbers as text; None means the supervisor's own. umask: an int. rlimits: a name
-    of RLIMITS -> (soft, hard), None = unlimited. proc: mount a private /proc (needs pid and mount).
+    of RLIMITS -> (soft, hard), None = unlimited. proc: mount a private /proc (needs pid and mount). requires: by the
+    name of the other pool; what is wrong between pools, dependencies.problems says.
     """
 
     name: str
     command: tuple[str, ...]
     workers: int = 1
+    requires: dict[str, Requirement] = {}
     directory: str = "/"
     user: str | None = None
     group: str | None = None

@@ -20,6 +20,7 @@ from nssup import __version__, clone, facts, handover, record, reexec, systemd, 
 from nssup import config as configs
 from nssup.access import Role
 from nssup.config import Config
+from nssup.dependencies import longest_stop
 from nssup.errors import ControlError, ExitCode
 from nssup.events import Event, Exit, State
 from nssup.listener import Listener, listen, resume
@@ -180,8 +181,7 @@ class _Service:
         )
 
     def stopping(self) -> None:
-        pools = self._supervisor.workers.pools.values()
-        longest = max((sum(step.wait for step in spec.stop if step.signal is not None) for spec in pools), default=0.0)
+        longest = longest_stop(self._supervisor.workers.pools)
         what = "leaving its workers running" if self._supervisor.leaving else "stopping its workers"
         patience = int((longest + _GRACE) * 1e6)
         self._manager.tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={patience}", f"STATUS={what}")

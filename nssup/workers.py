@@ -7,10 +7,11 @@ Published, one Event per change of state, plus facts (`from` and `to` are None):
 
 | event | what happened |
 |---|---|
-| `launched` | to starting, because somebody asked for it |
+| `launched` | to starting, because somebody asked for it, or what it waited for is there |
+| `blocked` | to waiting: it is to be up, and its pool requires what is not there yet |
 | `relaunched` | to starting, by the restart policy |
 | `started` | to running: the program runs, and is ready where that is asked |
-| `stop_begun` | to stopping, because somebody asked for it, or it was not ready in time, or is of no use any more |
+| `stop_begun` | to stopping: somebody asked for it, a dependency was lost, it was not ready in time or is of no use |
 | `main_exited` | to stopping: the program ended by itself, what else is in its namespace is being killed |
 | `backed_off` | to backoff: it ended and will be launched again later |
 | `stopped` `finished` `failed` | to stopped, done, failed: nothing of it is left |
@@ -41,21 +42,40 @@ end before it: `relaunched` then carries `exit`, and the ended life's numbers in
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from msgspec.structs import replace
 
-from nssup import history, machine
+from nssup import dependencies, history, machine
+from nssup.dependencies import Dependencies
 from nssup.errors import ControlError, ExitCode
-from nssup.events import Event, Exit, Fail, Input, Kill, Reload, Remove, Reset, Restart, Start, State, Tick, Unready
+from nssup.events import (
+    DependencyLost,
+    Event,
+    Exit,
+    Fail,
+    Input,
+    Kill,
+    Released,
+    Reload,
+    Remove,
+    Reset,
+    Restart,
+    Start,
+    State,
+    Tick,
+    Unblocked,
+    Unready,
+)
 from nssup.explain import Explanation, explain
-from nssup.machine import Action, FailPool, Forget, KillTree, RunCommand, SignalMain, SignalTree, Worker
+from nssup.machine import Action, Around, FailPool, Forget, KillTree, RunCommand, SignalMain, SignalTree, Worker
 from nssup.restart import TOO_MANY
 from nssup.spec import SIGKILL, PoolSpec
 
 Actions: TypeAlias = list[tuple[str, Action]]
 
 EVENT_OF = {
+    State.WAITING: "blocked",
     State.STARTING: "launched",
     State.RUNNING: "started",
     State.STOPPING: "stop_begun",
@@ -95,7 +115,7 @@ EVENTS = frozenset(EVENT_OF.values()) | {
 }
 
 # A life's end is told with the change that it caused.
-_ENDS = frozenset({State.BACKOFF, State.STOPPED, State.DONE, State.FAILED})
+_ENDS = frozenset({State.WAITING, State.BACKOFF, State.STOPPED, State.DONE, State.FAILED})
 _LIVES = frozenset({State.STARTING, State.RUNNING, State.STOPPING})
 
 # Stale heap entries are allowed up to this many beyond one per worker, so that small sets never compact.
@@ -118,10 +138,20 @@ class _Pool:
         self.wanting = 0
 
 
+class _Taken(NamedTuple):
+    """One worker's step, not yet kept."""
+
+    old: Worker
+    new: Worker
+    event: Input
+    actions: tuple[Action, ...]
+
+
 class WorkerSet:
     """See the module. Not reentrant: what `publish` is told must not call back in before the method returned.
 
     workers: id -> Worker, in order of creation. pools: name -> its spec, `workers` being the number wanted now.
+    dependencies: how the pools stand to each other, for reading.
     Each method returns the actions to do, in order.
     """
 
@@ -140,6 +170,7 @@ class WorkerSet:
         """
         self.workers: dict[str, Worker] = {}
         self.pools: dict[str, PoolSpec] = {}
+        self.dependencies = Dependencies()
         self.seq = 0
         self._publish = publish
         self._epoch = epoch
@@ -155,7 +186,8 @@ class WorkerSet:
     # --- pools -----------------------------------------------------------------------------------------------------
 
     def add_pool(self, spec: PoolSpec, now: float, restored: Iterable[Worker] = ()) -> Actions:
-        """A new pool, its workers started if it is enabled. Raises ControlError if there is one of this name.
+        """A new pool, its workers started if it is enabled. Raises ControlError if there is one of this name, or if it
+        would require itself by way of others. That what it requires is there is not asked for: until then it waits.
 
         restored: workers of it that are there already, from a supervisor that is no more; they go on as they are, and
         the pool is up if one of them wants to be.
@@ -167,17 +199,21 @@ class WorkerSet:
                 http_status=409,
                 hint="wait until it is removed" if self._state[spec.name].removing else "choose another name",
             )
+        if way := self.dependencies.circle(spec):
+            raise ControlError("circle", f"pool {spec.name} would wait for itself: {' -> '.join(way)}", http_status=409)
         self.pools[spec.name] = spec
         self._state[spec.name] = _Pool(spec.enabled)
+        self.dependencies.add(spec)
         self._say(now, "pool_added", pool=spec.name, detail={"workers": spec.workers})
         for number, worker in enumerate(restored):
             self._restore(worker, now, first=number == 0)
-        return self._shrink(spec.name, now) + self._grow(spec.name, now)
+        return self._shrink(spec.name, now) + self._grow(spec.name, now) + self._settle(now)
 
     def _restore(self, worker: Worker, now: float, first: bool) -> None:
         pool = self._state[worker.pool]
         pool.ids[worker.index] = worker.id
         self.workers[worker.id] = worker
+        self.dependencies.changed(None, worker)
         pool.up = worker.want_up or (pool.up and not first)
         if worker.want_up:
             pool.wanting += 1
@@ -190,14 +226,15 @@ class WorkerSet:
 
     def remove_pool(self, name: str, now: float) -> Actions:
         """Stop and forget all its workers; the pool is gone with the last of them."""
-        spec, pool = self._spec(name), self._state[name]
+        self._spec(name)
+        pool = self._state[name]
         if pool.removing:
             return []
         pool.removing = True
-        self.pools[name] = replace(spec, workers=0)
+        self._resize(name, 0)
         actions = self._shrink(name, now)
         self._drop_if_empty(name, now)
-        return actions
+        return actions + self._settle(now)
 
     def scale(self, name: str, wanted: int, now: float) -> Actions:
         """Have `wanted` workers: new ones are started if the pool is up; the highest go first, by their stop sequence.
@@ -213,8 +250,12 @@ class WorkerSet:
         if wanted == spec.workers:
             return []
         self._say(now, "scaled", pool=name, detail={"from": spec.workers, "to": wanted})
-        self.pools[name] = replace(spec, workers=wanted)
-        return self._shrink(name, now) + self._grow(name, now)
+        self._resize(name, wanted)
+        return self._shrink(name, now) + self._grow(name, now) + self._settle(now)
+
+    def _resize(self, name: str, wanted: int) -> None:
+        self.pools[name] = replace(self.pools[name], workers=wanted)
+        self.dependencies.resize(name, wanted, [self.workers[each] for each in self._state[name].ids.values()])
 
     def enable(self, name: str, enabled: bool, now: float) -> None:
         """Whether the pool is to be started with the next supervisor; nothing is started or stopped now.
@@ -273,6 +314,7 @@ class WorkerSet:
             worker = replace(worker, generation=self._numbers.pop(worker_id))
         self._state[name].ids[index] = worker_id
         self.workers[worker_id] = worker
+        self.dependencies.changed(None, worker)
         return worker_id
 
     def _forget(self, worker: Worker, now: float) -> bool:
@@ -284,6 +326,7 @@ class WorkerSet:
             return False
         self._note_change(worker.id, None)
         self._lives.pop(worker.id, None)
+        self.dependencies.changed(worker, None)
         del self.workers[worker.id]
         del pool.ids[worker.index]
         self._numbers[worker.id] = worker.generation
@@ -294,7 +337,21 @@ class WorkerSet:
         pool = self._state.get(name)
         if pool is not None and pool.removing and not pool.ids:
             del self.pools[name], self._state[name]
+            self.dependencies.remove(name)
             self._say(now, "pool_removed", pool=name)
+
+    def stop_order(self, names: Iterable[str]) -> list[str]:
+        """Pools in the order in which to stop them: each before all that it requires, otherwise the last first."""
+        return dependencies.stop_order(self.dependencies.requires, names)
+
+    def dependents_first(self, workers: Iterable[str]) -> list[str]:
+        """Ids of workers as given, but each before all that its pool requires, so that these wait for it to be down."""
+        ids = list(workers)
+        pools = list(dict.fromkeys(self.workers[each].pool for each in ids))
+        if not any(self.dependencies.requires[pool] for pool in pools):
+            return ids
+        rank = {pool: number for number, pool in enumerate(self.stop_order(reversed(pools)))}
+        return sorted(ids, key=lambda each: rank[self.workers[each].pool])
 
     # --- events ----------------------------------------------------------------------------------------------------
 
@@ -310,7 +367,7 @@ class WorkerSet:
             )
         if isinstance(event, Start | Restart) and worker.index >= self.pools[worker.pool].workers:
             return []
-        return self._step(worker_id, event, now)
+        return self._step(worker_id, event, now) + self._settle(now)
 
     def due(self, now: float) -> Actions:
         """Tick every worker whose deadline is not after now, earliest first."""
@@ -318,7 +375,7 @@ class WorkerSet:
         while (deadline := self.next_deadline()) is not None and deadline <= now:
             # Not popped: the next stop step may have the very same deadline. Otherwise the entry is stale after this.
             actions += self._step(self._heap[0][1], Tick(), now)
-        return actions
+        return actions + self._settle(now)
 
     def next_deadline(self) -> float | None:
         """When `due` has something to do next, or None."""
@@ -336,10 +393,59 @@ class WorkerSet:
 
     def _step(self, worker_id: str, event: Input, now: float) -> Actions:
         old = self.workers[worker_id]
-        new, actions = machine.step(old, self.pools[old.pool], event, now, self._seed)
-        if new is not old:
-            new = self._changed(worker_id, old, new, now)
-        self._tell(worker_id, old, new, event, actions, now)
+        taken = self._take(old, event, now)
+        if taken.new is not old and self.dependencies.is_required(old.pool):
+            return self._keep_all(self._with_losses(taken, now), now)
+        return self._keep(taken, now)
+
+    def _take(self, old: Worker, event: Input, now: float) -> _Taken:
+        spec, pools = self.pools[old.pool], self.dependencies
+        if spec.requires or pools.is_required(old.pool):
+            around = Around(pools.blocker(old.pool), pools.is_required(old.pool))
+            new, actions = machine.step(old, spec, event, now, self._seed, around)
+        else:
+            new, actions = machine.step(old, spec, event, now, self._seed)
+        return _Taken(old, new, event, actions)
+
+    def _with_losses(self, first: _Taken, now: float) -> list[_Taken]:
+        """The step, and those of all who lose by it, by way of others too."""
+        found = {first.old.id: first}
+        todo = [first]
+        for taken in todo:  # grows
+            for loss in self.dependencies.losses(taken.old, taken.new):
+                event = DependencyLost(loss.needed, loss.then)
+                for worker_id in self._ids(loss.pool):
+                    before = found.get(worker_id)
+                    current = before.new if before else self.workers[worker_id]
+                    if not dependencies.may_be_lost(current, loss.then):
+                        continue
+                    next_one = self._take(current, event, now)
+                    if before is not None:
+                        next_one = _Taken(before.old, next_one.new, event, before.actions + next_one.actions)
+                    else:
+                        todo.append(next_one)
+                    found[worker_id] = next_one
+        return list(found.values())
+
+    def _keep_all(self, steps: list[_Taken], now: float) -> Actions:
+        """Noted in reverse: should we die in between, whoever comes next sees who depends on a life stopped, and finds
+        out about that life himself. The other way round nobody would know of the loss."""
+        for number, taken in reversed(list(enumerate(steps))):
+            if taken.new is not taken.old:
+                steps[number] = taken._replace(new=self._changed(taken.old.id, taken.old, taken.new, now))
+        actions: Actions = []
+        for taken in steps:
+            actions = self._finish(taken, now) + actions
+        return actions
+
+    def _keep(self, taken: _Taken, now: float) -> Actions:
+        if taken.new is not taken.old:
+            taken = taken._replace(new=self._changed(taken.old.id, taken.old, taken.new, now))
+        return self._finish(taken, now)
+
+    def _finish(self, taken: _Taken, now: float) -> Actions:
+        old, new, event, actions = taken
+        self._tell(old.id, old, new, event, actions, now)
         if not actions:
             return []
         if isinstance(actions[-1], Forget):
@@ -347,8 +453,33 @@ class WorkerSet:
             self._drop_if_empty(new.pool, now)
             actions = actions if gone else actions[:-1]
         elif isinstance(actions[-1], FailPool):
-            return [(worker_id, action) for action in actions[:-1]] + self._fail_pool(new, now)
-        return [(worker_id, action) for action in actions]
+            return [(old.id, action) for action in actions[:-1]] + self._fail_pool(new, now)
+        return [(old.id, action) for action in actions]
+
+    def _settle(self, now: float) -> Actions:
+        """Launch those who wait no longer, and let those go down that are held back no longer, until nobody is left."""
+        actions: Actions = []
+        unsettled = self.dependencies.unsettled
+        while unsettled:
+            name = next(iter(unsettled))
+            del unsettled[name]
+            if name not in self.pools:
+                continue
+            if self.dependencies.waiting(name):
+                reason = self.dependencies.reason(name)
+                for worker_id in self._ids(name):
+                    worker = self.workers[worker_id]
+                    if worker.state is State.WAITING and worker.reason != reason:
+                        actions += self._step(worker_id, Unblocked(), now)
+            if self.dependencies.releases(name):
+                for worker_id in self._ids(name):
+                    if self.workers[worker_id].held:
+                        actions += self._step(worker_id, Released(), now)
+        return actions
+
+    def _ids(self, name: str) -> list[str]:
+        """The ids of a pool's workers, by index."""
+        return [worker_id for _, worker_id in sorted(self._state[name].ids.items())]
 
     def _fail_pool(self, worker: Worker, now: float) -> Actions:
         """All others of its pool that are to be up go down, and have failed."""
@@ -364,6 +495,7 @@ class WorkerSet:
             new = replace(new, exit=replace(new.exit, at=self._wall(now)))
         self.workers[worker_id] = new
         self._record_life(worker_id, history.past(old, new))
+        self.dependencies.changed(old, new)
         self._note_change(worker_id, new)
         if new.deadline is not None and new.deadline != old.deadline:
             self._remember(new.deadline, worker_id)

@@ -13,6 +13,7 @@ TABLES = (
     ("`[supervisor.control]`", keys.CONTROL),
     ("`[supervisor.control.roles]`", keys.ROLES),
     ("`[pool.NAME]` and `[defaults]`", keys.POOL),
+    ("`[pool.NAME.requires]`, of each other pool", keys.REQUIREMENT),
     ("`[pool.NAME.restart]`", keys.RESTART),
     ("`[pool.NAME.restart.backoff]`", keys.BACKOFF),
     ("`[pool.NAME.restart.intensity]`", keys.INTENSITY),

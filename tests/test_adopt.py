@@ -36,7 +36,7 @@ from nssup.events import (
 from nssup.machine import Action, Forget, KillTree, Launch, SignalMain, Worker
 from nssup.record import BODY_MAX, SLOT_OVER, SLOT_RELEASED, SLOT_SPAWNING, SLOT_STOPPING, Slot
 from nssup.restart import History
-from nssup.spec import Backoff, PoolSpec, RestartPolicy, StopStep
+from nssup.spec import Backoff, PoolSpec, Requirement, RestartPolicy, StopStep
 from nssup.wire import Phase
 from nssup.workers import WorkerSet
 
@@ -186,6 +186,11 @@ LOST = adopt.adopt(slot_of(RUNNING), UNKNOWN, (), NOW).worker
 LOST_STOPPING = adopt.adopt(slot_of(STOPPING), UNKNOWN, (), NOW).worker
 
 
+NEEDY = replace(WEB, requires={"db": Requirement()})
+WAITING = machine.step(Worker(pool="web", index=3), NEEDY, Start(), THEN, "seed", machine.Around("db"))[0]
+HELD = machine.step(RUNNING, WEB, Stop(), THEN, "seed", machine.Around(required=True))[0]
+
+
 class Row(NamedTuple):
     """kept and fact in; the state, and all that is to be done."""
 
@@ -264,6 +269,15 @@ ROWS = {
     "backoff": Row(BACKOFF, GONE, State.BACKOFF, (), "exit:3", deadline=THEN + 0.1),
     "backoff, its life lingers": Row(BACKOFF, HOLDS, State.BACKOFF, (), "exit:3", lingering=(1,), deadline=THEN + 0.1),
     "the next life, the one before lingers": Row(SECOND_UP, HOLDS, State.RUNNING, lingering=(1,), generation=2),
+    # What other pools are to it.
+    "waiting": Row(WAITING, GONE, State.WAITING, (), "dependency:db", spec=NEEDY, generation=0),
+    "waiting, for nothing any more": Row(WAITING, GONE, State.STARTING, (Launch(1),)),
+    "running, and what it requires is not there": Row(RUNNING, HOLDS, State.RUNNING, spec=NEEDY),
+    "running, init gone, and what it requires is not there": Row(
+        RUNNING, GONE, State.WAITING, (), "dependency:db", spec=NEEDY
+    ),
+    "held back, for nobody any more": Row(HELD, HOLDS, State.STOPPING, (TERM_1,), "operator", deadline=NOW + 10),
+    "held back, gone": Row(HELD, GONE, State.STOPPED, (TERM_1,), "operator"),
     # Nothing lives.
     "stopped, not gone": Row(STOPPED, HOLDS, State.STOPPING, (), "operator", lingering=(1,)),
     "lost, one lingers, of a pool that is no more": Row(
@@ -302,7 +316,7 @@ def test_a_torn_state(name: str) -> None:
 
 def test_the_table_has_every_kind_of_worker() -> None:
     kept = [row.kept for row in ROWS.values()]
-    assert {worker.state for worker in kept} == set(State) - machine.RESERVED
+    assert {worker.state for worker in kept} == set(State)
 
 
 def test_a_deadline_that_has_not_passed_is_kept() -> None:
@@ -432,7 +446,8 @@ UNREADABLE: dict[str, bytes] = {
     "zeroes": bytes(20),
     "no list": msgspec.msgpack.encode({"state": "running"}),
     "a state of tomorrow": msgspec.msgpack.encode(["hibernating"]),
-    "the state that is reserved": msgspec.msgpack.encode(["waiting"]),
+    "waiting, and not to be up": msgspec.msgpack.encode(["waiting"]),
+    "waiting with a life": keep(replace(WAITING, alive=True)),
     "a text for a number": msgspec.msgpack.encode(["stopped", None, False, False, False, "7"]),
     "an exit that is none": msgspec.msgpack.encode(["stopped", *[None] * 20, 7]),
     "running without a life": msgspec.msgpack.encode(["running"]),
@@ -440,6 +455,8 @@ UNREADABLE: dict[str, bytes] = {
     "stopped with a life": keep(replace(STOPPED, alive=True)),
     "over with nothing to wait for": keep(replace(OVER, outcome=None)),
     "an outcome that is none": keep(replace(OVER, outcome=State.RUNNING)),
+    "held back and running": keep(replace(RUNNING, held=True)),
+    "held back in its stop sequence": keep(replace(STOPPING, held=True)),
     "running, and to be launched again": keep(replace(RUNNING, again=True)),
     "no time": keep(replace(BACKOFF, deadline=float("nan"))),
     "a time that never comes": keep(replace(BACKOFF, deadline=float("inf"))),

@@ -25,6 +25,7 @@ from nssup.spec import (
     LogSpec,
     PoolSpec,
     ReloadSpec,
+    Requirement,
     RestartPolicy,
     Rule,
     StopStep,
@@ -443,7 +444,7 @@ def test_what_comes_later_is_refused_by_name(path: str) -> None:
 def test_what_comes_later_is_what_interface_promises() -> None:
     """The keys that people may write by the promised interface: each is there, or refused as not yet there."""
     for path in (
-        "requires rolling recycle isolation credentials sockets "
+        "rolling recycle isolation credentials sockets "
         "limits.memory limits.cpu limits.pids limits.io limits.oom log.size log.age log.keep "
         "log.total log.compress log.fsync log.multiline log.rate log.sink log.overflow log.on_error"
     ).split():
@@ -1057,4 +1058,84 @@ def test_who_else_may_steer() -> None:
     assert [str(problem) for problem in refused.value.problems] == [
         'n.toml:3:1: supervisor.control.group: there is no group "apq" on this host: make it, or name another',
         'n.toml:4:30: supervisor.control.roles.operator.1: there is no group "wheels" on this host: make it, or name another',
+    ]
+
+
+# --- between pools ---------------------------------------------------------------------------------------------------
+
+
+def test_what_a_pool_requires() -> None:
+    text = """\
+version = 1
+pool.db.command = "app"
+pool.migrate = { command = "app", type = "oneshot", requires = { db = "started" } }
+[pool.web]
+command = "app"
+requires = { db = "ready", migrate = { when = "done", lost = "restart" }, old = { lost = "stop" } }
+[pool.old]
+command = "app"
+"""
+    pools = parse(text).pools
+    assert pools["web"].requires == {
+        "db": Requirement(when="ready", lost="ignore"),
+        "migrate": Requirement(when="done", lost="restart"),
+        "old": Requirement(when="ready", lost="stop"),
+    }
+    assert pools["migrate"].requires == {"db": Requirement(when="started")}
+    assert pools["db"].requires == {}
+
+
+@pytest.mark.parametrize(
+    ("pools", "problems"),
+    [
+        (
+            'web = { command = "app", requires = { dbs = "ready" } }\ndb.command = "app"',
+            ["n.toml:3:39: pool.web.requires.dbs: there is no pool dbs: did you mean db?"],
+        ),
+        (
+            'web = { command = "app", requires = { mail = "ready" } }',
+            ["n.toml:3:39: pool.web.requires.mail: there is no pool mail: define it, or leave it out"],
+        ),
+        (
+            'a = { command = "app", requires = { b = "ready" } }\n'
+            'b = { command = "app", requires = { c = "ready" } }\n'
+            'c = { command = "app", requires = { b = "ready" } }',
+            ["n.toml:4:37: pool.b.requires.c: goes in a circle: b -> c -> b: leave one out"],
+        ),
+        (
+            'a = { command = "app", requires = { a = "stopped" } }',
+            ["n.toml:3:37: pool.a.requires.a: goes in a circle: a -> a: leave one out"],
+        ),
+        (
+            'a = { command = "app", requires = { b = "done" } }\nb.command = "app"',
+            [
+                "n.toml:3:37: pool.a.requires.b: a service that is restarted always is never done: "
+                'give b type = "oneshot"'
+            ],
+        ),
+        (
+            'a = { command = "app", requires = { b = "up", c = { when = "dead", lost = "panic", then = 1 }, d = 7 } }',
+            [
+                'n.toml:3:37: pool.a.requires.b: "up" is none of started, ready, done, stopped',
+                'n.toml:3:53: pool.a.requires.c.when: "dead" is none of started, ready, done, stopped: did you mean ready?',
+                'n.toml:3:68: pool.a.requires.c.lost: "panic" is none of ignore, restart, stop',
+                "n.toml:3:84: pool.a.requires.c.then: unknown key: did you mean when?",
+                'n.toml:3:96: pool.a.requires.d: must be a text, not a number: write "7"',
+            ],
+        ),
+        (
+            'a = { command = "app", requires = ["b"] }\nb.command = "app"',
+            ['n.toml:3:24: pool.a.requires: must be a table, not a list: write requires = { db = "ready" }'],
+        ),
+    ],
+)
+def test_requirements_that_cannot_be(pools: str, problems: list[str]) -> None:
+    found = wrong(f"version = 1\n[pool]\n{pools}")
+    assert [line for line in found if "there is no pool" not in line or line in problems] == problems
+
+
+def test_a_circle_over_two_files_is_told_where_it_begins() -> None:
+    main = 'version = 1\ninclude = ["web.toml"]\npool.db = { command = "app", requires = { web = "ready" } }'
+    assert wrong(main, web_toml='pool.web = { command = "app", requires = { db = "ready" } }') == [
+        "n.toml:3:43: pool.db.requires.web: goes in a circle: db -> web -> db: leave one out"
     ]

@@ -41,6 +41,8 @@ LAST_PURE_ROW = ROW["workers"]
 # The few that may look sideways, importer first; one direction only.
 WITHIN_ROW = {
     ("machine", "restart"),
+    ("dependencies", "machine"),
+    ("config", "dependencies"),
     ("adopt", "machine"),
     ("readiness", "machine"),
     ("probing", "machine"),
@@ -332,7 +334,7 @@ def judged(tmp_path: Path, name: str, source: str) -> Module:
         ("machine", "from nssup.spec import Spec"),
         ("machine", "from .errors import Refused"),
         ("machine", "import signal, msgspec"),
-        ("machine", "if TYPE_CHECKING:\n    from nssup.deps import Graph\n    import asyncio"),
+        ("machine", "if TYPE_CHECKING:\n    from nssup.dependencies import Graph\n    import asyncio"),
         ("clone", "import os\nfrom nssup import _clone"),
         ("loop", "from . import clone, workers"),
         ("__main__", "def main():\n    from nssup import cli"),
