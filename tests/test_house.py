@@ -20,8 +20,8 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 ROWS = [
     "errors units locate verbs",
     "spec events record wire keys document envfile handover",
-    "machine restart history explain readiness deps rollout schedule adopt lines config diff render selection plan "
-    "openapi access audit probing",
+    "machine restart history explain readiness dependencies rollout schedule adopt lines config diff render selection "
+    "plan openapi access audit probing",
     "effective metrics",
     "workers",
     "backlog clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
