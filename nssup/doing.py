@@ -194,7 +194,17 @@ async def _enable(desk: Desk, call: Call, verb: Literal["enable", "disable"]) ->
     if not call.text:
         return json_reply(Accepted(desk.supervisor.workers.seq, found), code=code)
     out, err = render.results(verb, found) if command.now else ("", "")
-    return text_reply("".join(f"{pool}: {verb}d\n" for pool in pools) + out, err, code=code)
+    said = [f"{pool}: {verb}d{'' if command.now else _as_before(desk, pool, verb)}\n" for pool in pools]
+    return text_reply("".join(said) + out, err, code=code)
+
+
+def _as_before(desk: Desk, pool: str, verb: str) -> str:
+    """What somebody may have expected to change with it."""
+    workers = desk.supervisor.workers
+    up = any(workers.workers[each].want_up for each in members(workers)[pool])
+    if verb == "disable":
+        return "; its workers go on (--now stops them)" if up else ""
+    return "" if up else "; nothing is started before the next supervisor (--now starts it)"
 
 
 def reset(desk: Desk, call: Call) -> Answer:

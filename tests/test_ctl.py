@@ -20,7 +20,7 @@ from nssup.custody import Orphan
 from nssup.errors import ControlError
 from nssup.events import Exit, State, Stop
 from nssup.routes import ROUTES
-from nssup.spec import RestartPolicy
+from nssup.spec import Backoff, Intensity, ReloadSpec, RestartPolicy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -578,6 +578,84 @@ async def test_wait_outlasts_a_backoff(site: Site) -> None:
     assert (await site.head(reader))[1]["nssup-exit"] == "0"
     writer.close()
     await writer.wait_closed()
+
+
+async def test_reset_forgets_failures(site: Site) -> None:
+    site.sup.add("bad", "crash", restart=_never_restart())
+    site.sup.add("web")
+    await site.until("bad/0", State.FAILED)
+    answer = await site.post("reset")
+    assert answer.outcome == {"bad/0": ("stopped", True), "web/0": ("running", True)}
+    assert (await site.post("reset", "bad", text=True)).texts == ("bad/0: stopped\n", "")
+    assert (await site.post("reset", "nobody")).exit == 4
+
+
+async def test_enable_and_disable_are_about_pools(site: Site) -> None:
+    site.sup.add("web", workers=2)
+    site.sup.add("off", enabled=False)
+    await site.until("web/1", State.RUNNING)
+    answer = await site.post("disable", "web")
+    assert (answer.exit, answer.outcome) == (0, {"web/0": ("running", True), "web/1": ("running", True)})
+    assert (await site.post("disable", "web", text=True)).texts[
+        0
+    ] == "web: disabled; its workers go on (--now stops them)\n"
+    assert (await site.post("enable", "off", text=True)).texts[0].startswith("off: enabled; nothing is started before")
+    status = (await site.get("/v1/status")).json["workers"]
+    assert [(w["enabled"], w["state"]) for w in status] == [(False, "running")] * 2 + [(True, "stopped")]
+    await site.post("disable", "off")
+    both = await site.post("disable", all=True, now=True, wait=True)
+    assert both.outcome == {"web/0": ("stopped", True), "web/1": ("stopped", True), "off/0": ("stopped", True)}
+    assert (await site.post("disable", "web", text=True)).texts[0] == "web: disabled\n"
+    up = await site.post("enable", "w*", now=True, wait=True, text=True)
+    assert up.texts == ("web: enabled\nweb/0: running\nweb/1: running\n", "")
+    for wrong, code in ((["web/1"], 2), (["nobody"], 4), ([], 2)):
+        assert (await site.post("enable", *wrong)).exit == code
+    names = [e["event"] for e in await (await site.stream("/v1/events?follow=0&n=100")).rest()]
+    assert (names.count("enabled"), names.count("disabled")) == (2, 2)
+
+
+async def test_reload_is_done_by_whoever_knows_how(site: Site) -> None:
+    site.sup.add("web", reload=ReloadSpec(signal=10), workers=2)
+    site.sup.add("db")
+    await site.until("db/0", State.RUNNING)
+    assert (await site.post("reload", "web", text=True)).texts == ("web/0: running\nweb/1: running\n", "")
+    await asyncio.sleep(0)
+    assert site.sup.signals == [("web/0", 10, False), ("web/1", 10, False)]
+    refused = await site.post("reload", "db")
+    assert (refused.status, refused.exit, refused.error[0]) == (409, 1, "no-reload")
+    assert (await site.post("reload", all=True)).outcome == {"web/0": ("running", True), "web/1": ("running", True)}
+    await site.post("stop", "web/1", wait=True)
+    assert (await site.post("reload", "web")).outcome == {"web/0": ("running", True), "web/1": ("stopped", False)}
+    assert (await site.post("reload")).exit == 2
+
+
+async def test_explain_and_history_of_what_was_selected(site: Site) -> None:
+    policy = RestartPolicy(backoff=Backoff(jitter=0.0), intensity=Intensity(deaths=5, within=60.0))
+    site.sup.add("bad", "crash", restart=policy)
+    site.sup.add("web", restart=RestartPolicy(backoff=Backoff(jitter=0.0)))
+    await site.until("bad/0", State.BACKOFF)
+    site.sup.advance(0.1)
+    await site.until("bad/0", State.BACKOFF)
+    (bad,) = (await site.get("/v1/explain?select=bad")).json["workers"]
+    assert (bad["id"], bad["state"], bad["deaths"]["count"]) == ("bad/0", "backoff", 2)
+    assert [each["wait_seconds"] for each in bad["attempts"]] == pytest.approx([0.2, 0.4, 0.8])
+    assert bad["after_attempts"] == "failed"
+    assert bad["next_at"] == bad["attempts"][0]["at"] == bad["until"]
+    text = (await site.get("/v1/explain?select=web&select=bad&n=1", text=True)).texts[0].splitlines()
+    assert text[0] == "bad/0: backoff: its last life ended (exit:3), and it is to be launched again"
+    assert text[-2:] == ["web/0: running: its program runs", "  if it failed now, and so on: 0.10s, ..."]
+    (bad, web) = (await site.get("/v1/history")).json["workers"]
+    assert web == {"id": "web/0", "lives": []}
+    assert [life["wait_seconds"] for life in bad["lives"]] == pytest.approx([0.1, 0.2])
+    assert [life["last_lines"] for life in bad["lives"]] == [["cannot go on"]] * 2
+    assert bad["lives"][1]["exit"]["code"] == 3
+    text = (await site.get("/v1/history?n=1", text=True)).texts[0].splitlines()
+    assert text[0].startswith("bad/0 generation 2: ")
+    assert text[0].endswith("exit:3, again after 200 ms")
+    assert text[1:] == ["  | cannot go on", "web/0: no life of it is over"]
+    for wrong in ("explain?n=0", "explain?n=101", "history?n=-1", "history?x=1"):
+        assert (await site.get(f"/v1/{wrong}")).exit == 2
+    assert (await site.get("/v1/explain?select=nobody")).exit == 4
 
 
 async def test_shutdown_tells_when_everything_is_down(site: Site) -> None:
