@@ -280,7 +280,8 @@ class LogFile:
 
     async def close(self) -> None:
         """RecordFile.close."""
-        await self._off().close()
+        if self._off_loop is not None:  # otherwise it was never opened, for want of a thread
+            await self._off_loop.close()
 
 
 class Outage:

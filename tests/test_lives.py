@@ -497,6 +497,8 @@ def worker_of(identity: Identity) -> Worker:
         generation=1,
         alive=True,
         running_since=1.0,
+        up_since=1.0,
+        ready=True,
         init_host_pid=identity.init_host_pid,
         host_pid=1,
         ns_pid=2,

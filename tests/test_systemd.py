@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 from live import PATIENCE, Up, needs_namespaces
 
-from nssup import systemd
+from nssup import systemd, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -259,7 +259,8 @@ def test_the_control_socket_is_kept_over_a_kill(listening: Manager, tmp_path: Pa
                 listening.wait("READY")
                 assert after.ctl("reexec").code == 0
                 links = [os.readlink(fd) for fd in Path(f"/proc/{after.host_pid}/fd").iterdir()]
-                assert links.count("/dev/null") == 4  # its own three and the launcher's: what has no use is closed
+                own = 3 + 1 + wire.Fd.COUNT  # its own three, the launcher's and its window: what has no use is closed
+                assert links.count("/dev/null") == own
                 assert after.end() == 0
                 listening.wait("STOPPING")
                 assert listening.wait("FDSTOREREMOVE", "1").lines["FDNAME"] == "nssup-control"

@@ -628,4 +628,6 @@ def test_nobody_reads_stderr(tmp_path: Path, gone: bool) -> None:
         wait_readable(up.pidfd, "it waits for somebody to read its stderr")
         up.code = up.process.wait()
         assert up.code == 0
-        assert [record["seq"] for record in up.records("nssup")] == list(range(1, seq + 1))
+        seqs = [record["seq"] for record in up.records("nssup")]
+        assert len(seqs) >= seq
+        assert seqs == list(range(1, len(seqs) + 1))
