@@ -403,6 +403,10 @@ class LogHub:
 
     async def _write_batch(self, pool: Pool, file: LogFile, staging: Staging, batch: Batch) -> None:
         self._intake.put_back(pool.unblock())  # the other half is free
+        if pool.outage is None and batch.pass_over():  # the end of a life that said nothing is worth no write
+            batch.commit()
+            pool.release(self._wall())
+            return
         marks = pool.outage.marks(stamp(batch.entries[0].wall)) if pool.outage else b""
         audience = tuple(follower for follower in self._followers if follower.follows(pool.name))
         pool.batch_done = self._loop.create_future()

@@ -100,6 +100,18 @@ class Batch:
         self._stop = stop
         self._reached: dict[int, tuple[int, bytes, bool, bool]] | None = None
 
+    def pass_over(self) -> bool:
+        """Whether it is nothing but the ends of streams that hold no bytes. Then it has no records, and may be
+        committed without having been written."""
+        reached: dict[int, tuple[int, bytes, bool, bool]] = {}
+        for number, kind, _, _ in self.entries:
+            state = self._staging.streams[number].state
+            if kind != END or state.held or state.cut:
+                return False
+            reached[number] = state.offset, b"", False, True
+        self._reached = reached
+        return True
+
     def sheets(self, sheet: Sheet) -> Iterator[list[Part]]:
         """Fills the sheet again and again with the batch's records, in order, and says whose they are: the same each
         time, until `commit`. May run in another thread."""

@@ -61,6 +61,7 @@ from nssup import (  # noqa: F401
     logs,
     loop,
     record,
+    staging,
     up,
     wire,
 )
@@ -551,6 +552,8 @@ EXIT = {
     "exit: EXITED read, not fed": Kill(SUPERVISOR, "_take", when=_message("Exited")),
     "exit: not noted": Kill(CUSTODY, "changed", when=note_of(last_exit=is_set)),
     "exit: noted": Kill(CUSTODY, "changed", True, when=note_of(last_exit=is_set)),
+    "exit: end of its output staged": Kill(lambda: staging.Batch, "commit"),
+    "exit: end of its output told": Kill(lambda: staging.Batch, "commit", True),
     "exit: not acknowledged": Kill(PROCESS, "acknowledge"),
     "exit: acknowledged": Kill(PROCESS, "acknowledge", True),
     "exit: next life noted, not launched": Kill(CUSTODY, "changed", True, when=note_of(generation=2)),
@@ -1526,7 +1529,7 @@ def cases() -> dict[str, Callable[[Site], list[str]]]:
     add(RELEASED, "", case_launch, True)
     add(ID_MAPS, "", case_id_maps)
     add(EXIT, "", case_exit)
-    add({name: EXIT[name] for name in list(EXIT)[:5]}, ", a tree left", case_exit, FORKS)
+    add({name: EXIT[name] for name in list(EXIT)[:7]}, ", a tree left", case_exit, FORKS)
     add({name: kill for name, kill in EXIT.items() if "next life" not in name}, ", for good", case_exit_for_good)
     add(STOP, "", case_stop, "stop")
     restart = {name.replace("stop:", "restart:"): kill for name, kill in STOP.items() if "stopped" not in name}

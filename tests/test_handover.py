@@ -314,6 +314,34 @@ def test_a_place_is_free_again_once_the_stream_has_ended(stage: Staging, pipe: t
     assert {stream.state for stream in again(stage).streams.values()} >= {State(5, 6, 0), State(5, 6, 1)}
 
 
+@pytest.mark.parametrize(
+    ("before", "data", "records_in_it"),
+    [(b"", b"", False), (b"a line\n", b"", False), (b"", b"x", True), (b"x", b"", True)],
+)
+def test_ends_of_streams_that_hold_nothing_have_no_records(
+    before: bytes, data: bytes, records_in_it: bool, stage: Staging, pipe: tuple[int, int], again: Again
+) -> None:
+    number = stage.attach(0, 1, 0, 50, 2)
+    if before:
+        os.write(pipe[1], before)
+        stage.take(number, pipe[0], 65536, WALL)
+        done(stage)
+    if data:
+        os.write(pipe[1], data)
+        stage.take(number, pipe[0], 65536, WALL)
+    stage.end(number, WALL)
+    batch = sealed(stage)
+    assert (not batch.pass_over(), bool(records(again(stage).pending))) == (records_in_it, records_in_it)
+    if not records_in_it:
+        batch.commit()
+        assert (
+            stage.streams[number].state
+            == again(stage).streams[number].state
+            == State(0, 1, 0, 50, 2, len(before), ended=True)
+        )
+        stage.release(number)
+
+
 def test_pids_said_late_are_kept(stage: Staging, pipe: tuple[int, int], again: Again) -> None:
     number = stage.attach(0, 1, 0)
     os.write(pipe[1], b"x")

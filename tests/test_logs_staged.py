@@ -90,6 +90,8 @@ async def test_a_life_that_said_nothing_is_let_go_too(tmp_path: Path) -> None:
         drained, tell = told()
         one.drain(attach(one, read), tell)
         await drained
+        assert one.counters.writes == 0  # nothing was to be written
+        assert not memory_of(one).streams
 
 
 async def test_the_next_hub_goes_on_in_the_middle_of_a_line(tmp_path: Path) -> None:
