@@ -5,7 +5,7 @@ Nothing heavy is imported before it is known to be needed; `run` is parsed by ha
 
 from nssup import client, fast
 from nssup.client import FAILED, OK, USAGE, Options
-from nssup.verbs import COMMON, SELECTORS, VERBS, Option, Verb
+from nssup.verbs import COMMANDS, COMMON, OPTIONS, SELECTORS, SHELLS, VERBS, Option, Verb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,13 +15,6 @@ if TYPE_CHECKING:
 
     from nssup.foreground import Options as RunOptions
 
-COMMANDS = {
-    "up": "supervise in the foreground what a config file says",
-    "ctl": "steer a running supervisor",
-    "run": "run one command in fresh namespaces",
-    "check": "validate a config file without starting anything",
-    "version": "print the version",
-}
 REEXEC_PATIENCE = 60.0  # seconds for an answer: the new code is tried out before
 EXIT_CODES = """exit codes: 0 ok, 1 failed, 2 usage, 3 status: something selected is not running, 4 no such pool or
 worker, 69 no supervisor at the socket, 77 not permitted, 78 bad config, 124 timed out; run: the command's own, 128+n
@@ -83,16 +76,18 @@ def _parser() -> "ArgumentParser":
 
     def command(name: str, action: "Callable[[Namespace], int]") -> "ArgumentParser":
         sub = commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False)
-        sub.set_defaults(action=action)
+        sub.set_defaults(action=action, **{option.field: None for option in OPTIONS[name]})
+        for option in OPTIONS[name]:
+            _add_option(sub, option)
         return sub
 
     up = command("up", _up)
-    up.add_argument("-c", "--config", metavar="FILE", help="default: ./nssup.toml, the user's, /etc/nssup/nssup.toml")
-    up.add_argument("--for", dest="for_seconds", type=_seconds, metavar="SECONDS", help="end by itself after so long")
     up.add_argument("--rehearse", action="store_true", help=_suppress())  # asked by `ctl reexec`
     check = command("check", _check)
     check.add_argument("file", nargs="?", metavar="FILE", help="default: as for up")
     command("version", lambda arguments: _version())
+    completion = command("completion", _completion)
+    completion.add_argument("shell", choices=SHELLS)
     _add_run(command("run", _run_parsed))
     ctl = command("ctl", lambda arguments: OK)
     ctl.epilog, ctl.formatter_class = f"SEL: {SELECTORS}\n\n{EXIT_CODES}", raw
@@ -119,15 +114,17 @@ def _suppress() -> str:
 
 
 def _add_option(sub: "ArgumentParser", option: Option) -> None:
+    action = _ACTIONS.get(option.kind, "store")
     if not option.takes_value:
-        sub.add_argument(*option.names, dest=option.field, action=_SWITCH[option.kind], help=option.help)
+        sub.add_argument(*option.names, dest=option.field, action=action, default=_suppress(), help=option.help)
         return
     converted = {"type": _TYPES[option.kind]} if option.kind in _TYPES else {}
     chosen = {"choices": option.choices} if option.choices else {"metavar": option.metavar}
-    sub.add_argument(*option.names, dest=option.field, help=option.help, **chosen, **converted)  # type: ignore[arg-type]
+    where: dict[str, Any] = {"dest": option.field, "action": action, "default": _suppress()}
+    sub.add_argument(*option.names, help=option.help, **where, **chosen, **converted)
 
 
-_SWITCH = {"on": "store_true", "off": "store_false"}
+_ACTIONS = {"on": "store_true", "off": "store_false", "list": "append"}
 
 
 def _add_operands(sub: "ArgumentParser", operands: str) -> None:
@@ -190,6 +187,13 @@ def _check(arguments: "Namespace") -> int:
         lines, code = [str(problem) for problem in e.problems], e.exit_code
     _say(lines, 1 if code == OK else 2)
     return code
+
+
+def _completion(arguments: "Namespace") -> int:
+    from nssup import completion
+
+    client.write(1, completion.script(arguments.shell, COMMANDS, OPTIONS).encode())
+    return OK
 
 
 def _up(arguments: "Namespace") -> int:
@@ -293,19 +297,6 @@ def _run(options: "RunOptions") -> int:
 def _add_run(run: "ArgumentParser") -> None:
     """For help and mistakes; what is right never comes here but in odd spellings."""
     run.usage = "nssup run [OPTIONS] -- CMD..."
-    run.add_argument("-t", "--tty", action="store_true", default=None, help="a pty (by itself on a terminal)")
-    run.add_argument("--no-tty", dest="tty", action="store_false", default=None, help="no pty")
-    run.add_argument("-i", action="store_true", help="no effect: stdin is passed through anyway")
-    run.add_argument("-e", "--env", action="append", default=[], metavar="K=V", help="set a variable")
-    run.add_argument("-w", "--workdir", metavar="DIR", help="where to start")
-    run.add_argument("--ns", dest="namespaces", metavar="LIST", help="pid,mount,uts,ipc and net,user,cgroup,time")
-    run.add_argument("--hostname", metavar="NAME", help="in the namespace")
-    run.add_argument("-u", "--user", metavar="USER[:GROUP]", help="run as")
-    for name, what in (("init", "nssup's own PID 1 above the command"), ("proc", "a private /proc")):
-        run.add_argument(f"--{name}", action="store_true", default=None, help=what)
-        run.add_argument(f"--no-{name}", dest=name, action="store_false", default=None, help=f"without {what}")
-    run.add_argument("--timeout", type=_seconds, metavar="S", help="kill it all after so long (exit 124)")
-    run.add_argument("-v", "--verbose", action="store_true", help="its PIDs to stderr")
     run.add_argument("command", nargs="...", metavar="CMD", help="what to run, and its arguments")
 
 
@@ -321,7 +312,7 @@ def _run_parsed(arguments: "Namespace") -> int:
     found: dict[str, object] = {name: given[name] for name in names if given[name] is not None}
     if arguments.namespaces is not None:
         _take_value(found, [], "namespaces", arguments.namespaces)
-    return _run(RunOptions(command=tuple(command), env=tuple(arguments.env), **found))  # type: ignore[arg-type]
+    return _run(RunOptions(command=tuple(command), env=tuple(arguments.env or ()), **found))  # type: ignore[arg-type]
 
 
 # --- ctl -----------------------------------------------------------------------------------------------------------

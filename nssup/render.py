@@ -175,8 +175,27 @@ def pool_state(states: Iterable[str]) -> str:
     return next((state for state in PRECEDENCE if state in there), "stopped")
 
 
-def table(document: StatusDocument, *, unfold: bool = False, color: bool = False, width: int | None = None) -> str:
-    """The status table. unfold: a line for each worker also of pools of many. width: longer lines are cut there."""
+class Fold(NamedTuple):
+    """Many workers of a pool in one line: sums, the youngest uptime, the newest exit."""
+
+    uptime_seconds: float | None
+    restarts: int
+    cpu_seconds: float | None
+    memory_bytes: int | None
+    last_exit: str
+
+
+def table(
+    document: StatusDocument,
+    *,
+    unfold: bool = False,
+    color: bool = False,
+    width: int | None = None,
+    folds: Mapping[str, Fold] | None = None,
+) -> str:
+    """The status table. unfold: a line for each worker also of pools of many. width: longer lines are cut there.
+    folds: pools whose one line is worked out already; their workers need not be in the document."""
+    folds = folds or {}
     by_pool: dict[str, list[WorkerDocument]] = {pool["name"]: [] for pool in document["pools"]}
     for worker in document["workers"]:
         by_pool.setdefault(worker["pool"], []).append(worker)
@@ -184,11 +203,11 @@ def table(document: StatusDocument, *, unfold: bool = False, color: bool = False
     paints = [_HEAD]
     for pool in document["pools"]:
         workers = by_pool[pool["name"]]
-        if workers and (unfold or (len(workers) == 1 and pool["wanted"] <= 1)):
+        if pool["name"] not in folds and workers and (unfold or (len(workers) == 1 and pool["wanted"] <= 1)):
             rows += [_worker_row(worker) for worker in workers]
             paints += [_COLORS.get(worker["state"], "") for worker in workers]
         else:
-            rows.append(_pool_row(pool, workers))
+            rows.append(_pool_row(pool, folds.get(pool["name"]) or fold(workers)))
             partly = pool["state"] == "running" and pool["ready"] < pool["wanted"]
             paints.append(_PARTLY if partly else _COLORS.get(pool["state"], ""))
     return _lines(rows, paints if color else None, width)
@@ -215,28 +234,33 @@ def _last_exit(w: WorkerDocument) -> str:
     last = w["last_exit"]
     if last is None:
         return w["reason"] or NONE if w["state"] in ("waiting", "failed", "lost") else NONE
-    return last["reason"] + (" (core)" if last["core"] else "") + (" (timed out)" if last["timed_out"] else "")
+    return ended(last["reason"], core=last["core"], timed_out=last["timed_out"])
 
 
-def _pool_row(pool: PoolDocument, workers: Sequence[WorkerDocument]) -> list[str]:
-    """A pool in one line: sums, the youngest uptime, and the newest exit."""
+def ended(reason: str, *, core: bool, timed_out: bool) -> str:
+    """How a life ended, in a cell."""
+    return reason + (" (core)" if core else "") + (" (timed out)" if timed_out else "")
+
+
+def fold(workers: Sequence[WorkerDocument]) -> Fold:
     uptimes = [w["uptime_seconds"] for w in workers if w["uptime_seconds"] is not None]
     cpu = [w["cpu_seconds"] for w in workers if w["cpu_seconds"] is not None]
     memory = [w["memory_bytes"] for w in workers if w["memory_bytes"] is not None]
-    ended = [w for w in workers if w["last_exit"] is not None]
-    newest = max(ended, key=_ended_at) if ended else None
-    return [
-        pool["name"],
-        pool["state"],
-        f"{pool['ready']}/{pool['wanted']}",
-        NONE,
-        NONE,
-        duration(min(uptimes, default=None)),
-        str(sum(w["restarts"] for w in workers)),
-        duration(sum(cpu) if cpu else None),
-        size(sum(memory) if memory else None),
-        _last_exit(newest) if newest else NONE,
-    ]
+    over = [w for w in workers if w["last_exit"] is not None]
+    return Fold(
+        min(uptimes, default=None),
+        sum(w["restarts"] for w in workers),
+        sum(cpu) if cpu else None,
+        sum(memory) if memory else None,
+        _last_exit(max(over, key=_ended_at)) if over else NONE,
+    )
+
+
+def _pool_row(pool: PoolDocument, of: Fold) -> list[str]:
+    count = f"{pool['ready']}/{pool['wanted']}"
+    used = [duration(of.cpu_seconds), size(of.memory_bytes)]
+    row = [pool["name"], pool["state"], count, NONE, NONE, duration(of.uptime_seconds), str(of.restarts)]
+    return [*row, *used, of.last_exit]
 
 
 def _ended_at(w: WorkerDocument) -> str:

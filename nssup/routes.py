@@ -81,6 +81,7 @@ ROUTES = (
     _verb("which", seeing.which),
     _verb("events", following.events, query=EventsQuery, answer="stream"),
     _verb("logs", following.logs, query=LogsQuery, answer="stream"),
+    _verb("names", seeing.names),
     _verb("show", seeing.show, query=Selection),
     _verb("env", seeing.env, query=Selection),
     _verb("tree", seeing.tree, query=Selection),

@@ -23,7 +23,7 @@ from nssup.desk import Desk
 from nssup.errors import ExitCode
 from nssup.events import State
 from nssup.selection import select_pools
-from nssup.snapshot import STATS_ROWS, Snapshot, members
+from nssup.snapshot import STATS_ROWS, Snapshot, by_pool, members
 
 NAMED = 8  # workers that a text names
 TREES_A_TURN = 8  # read in one turn of the loop: about a millisecond
@@ -34,6 +34,8 @@ def status(desk: Desk, call: Call) -> Answer:
     chosen = desk.select(query.select)
     wanted = query.format or ("text" if call.text else "json")
     stats = wanted in ("json", "text") and (query.stats or len(chosen.workers) <= STATS_ROWS)
+    if wanted == "text" and not stats and not query.unfold and not query.select:
+        return _folded(desk, query)
     snapshot = Snapshot(desk.supervisor, stats=stats, detailed=wanted == "json")
     document = snapshot.status(chosen.pools, chosen.workers)
     specs = desk.supervisor.workers.pools
@@ -46,6 +48,24 @@ def status(desk: Desk, call: Call) -> Answer:
     numbers = [w["host_pid"] if wanted == "host_pid" else w["ns_pid"] for w in document["workers"]]
     there = [f"{number}\n" for number in numbers if number is not None]
     return text_reply("".join(there), code=0 if len(there) == len(numbers) else ExitCode.NOT_RUNNING)
+
+
+def _folded(desk: Desk, query: StatusQuery) -> Answer:
+    """The table of many workers, where pools of many are one line: made without a document of each worker."""
+    workers = desk.supervisor.workers
+    there = by_pool(workers)
+    snapshot = Snapshot(desk.supervisor, stats=False, detailed=False)
+    folds = {name: snapshot.fold(found) for name, found in there.items() if len(found) > 1}
+    document = snapshot.status(
+        workers.pools, [w.id for name, found in there.items() if name not in folds for w in found]
+    )
+    text = render.table(document, color=query.color, width=query.width, folds=folds)
+    fine = all(
+        w.state is State.RUNNING or (w.state is State.DONE and workers.pools[name].type == "oneshot")
+        for name, found in there.items()
+        for w in found
+    )
+    return text_reply(text, code=ExitCode.OK if fine else ExitCode.NOT_RUNNING)
 
 
 def pools(desk: Desk, call: Call) -> Answer:
@@ -96,6 +116,12 @@ def healthz(desk: Desk, call: Call) -> Answer:
         return text_reply(f"pong: nssup {source['version']}, host PID {source['host_pid']}\n")
     failed = {"reexec_failed": desk.upgrade.failed} if desk.upgrade and desk.upgrade.failed else {}
     return json_reply({"status": "ok", "supervisor": source, **failed})
+
+
+def names(desk: Desk, call: Call) -> Answer:
+    """A pool, then its workers: what completion offers."""
+    found = [name for pool, ids in members(desk.supervisor.workers).items() for name in (pool, *ids)]
+    return text_reply("".join([f"{name}\n" for name in found])) if call.text else json_reply({"names": found})
 
 
 def show(desk: Desk, call: Call) -> Answer:

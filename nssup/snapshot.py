@@ -115,14 +115,22 @@ def spec_hash(spec: PoolSpec) -> str:
 
 def members(workers: WorkerSet) -> dict[str, list[str]]:
     """pool -> ids of its workers, by index; those being removed as well."""
+    return {name: [w.id for w in sorted(there, key=_index)] for name, there in by_pool(workers).items()}
+
+
+def by_pool(workers: WorkerSet) -> dict[str, list[Worker]]:
     found: dict[str, list[Worker]] = {name: [] for name in workers.pools}
     for worker in workers.workers.values():
         found[worker.pool].append(worker)
-    return {name: [w.id for w in sorted(there, key=_index)] for name, there in found.items()}
+    return found
 
 
 def _index(worker: Worker) -> int:
     return worker.index
+
+
+def _at(ended: Exit) -> float:
+    return ended.at
 
 
 class Snapshot:
@@ -162,14 +170,28 @@ class Snapshot:
         return [self._pool(name, workers) for name, workers in there.items()]
 
     def _pool(self, name: str, workers: list[Worker]) -> render.PoolDocument:
+        others = [w.state for w in workers if w.state is not State.RUNNING]
+        running = len(workers) - len(others)
         return {
             "name": name,
             "wanted": self._source.workers.pools[name].workers,
-            "running": sum(w.state is State.RUNNING for w in workers),
-            "ready": sum(w.ready for w in workers),
-            "state": render.pool_state(w.state.value for w in workers),
+            "running": running,
+            "ready": sum([w.ready for w in workers]),
+            "state": render.pool_state([*(["running"] if running else []), *(state.value for state in {*others})]),
             "rollout": None,
         }
+
+    def fold(self, workers: list[Worker]) -> render.Fold:
+        """Workers of one pool in one line, without a document of each. CPU and memory are not in it."""
+        last = max((w.last_exit for w in workers if w.last_exit), key=_at, default=None)
+        youngest = max([w.running_since for w in workers if w.running_since is not None], default=None)
+        return render.Fold(
+            None if youngest is None else max(self._now - youngest, 0.0),
+            sum([w.restarts for w in workers]),
+            None,
+            None,
+            render.ended(last.reason, core=last.core, timed_out=last.timed_out) if last else render.NONE,
+        )
 
     def worker(self, worker_id: str) -> render.WorkerDocument:
         source = self._source

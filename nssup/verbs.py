@@ -11,8 +11,8 @@ class Option:
     """One option of a verb.
 
     names: as it is typed. field: of client.Options. sent: its name in the request, "" where it is none of the
-    supervisor's business. kind: what it takes: `on` and `off` nothing, else `text`, `seconds`, `number`, `signal`, or
-    `choice` of choices.
+    supervisor's business. kind: what it takes: `on` and `off` nothing, else `text`, `seconds`, `number`, `signal`,
+    `list` (may be given again), or `choice` of choices.
     """
 
     __slots__ = ("choices", "field", "help", "kind", "metavar", "names", "sent")
@@ -154,6 +154,7 @@ VERBS = {
             ),
             streams=True,
         ),
+        Verb("names", "GET /v1/names", "see", "the names of all pools and workers, a line each"),
         Verb(
             "show",
             "GET /v1/show",
@@ -305,3 +306,42 @@ VERBS = {
 }
 # Those that ask more than once, or read an answer that has no end: left to cli.
 LONG = frozenset(name for name, verb in VERBS.items() if verb.streams or name == "reexec")
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "up": "supervise in the foreground what a config file says",
+    "ctl": "steer a running supervisor",
+    "run": "run one command in fresh namespaces",
+    "check": "validate a config file without starting anything",
+    "completion": "a completion script for bash, zsh or fish",
+    "version": "print the version",
+}
+SHELLS = ("bash", "zsh", "fish")
+
+OPTIONS: "dict[str, tuple[Option, ...]]" = {
+    "up": (
+        Option("-c --config", "default: ./nssup.toml, the user's, /etc/nssup/nssup.toml", kind="text", metavar="FILE"),
+        Option("--for", "end by itself after so long", field="for_seconds", kind="seconds", metavar="SECONDS"),
+    ),
+    "ctl": (),
+    "run": (
+        Option("-t --tty", "a pty (by itself on a terminal)"),
+        Option("--no-tty", "no pty", field="tty", kind="off"),
+        Option("-i", "no effect: stdin is passed through anyway", field="interactive"),
+        Option("-e --env", "set a variable", kind="list", metavar="K=V"),
+        Option("-w --workdir", "where to start", kind="text", metavar="DIR"),
+        Option("--ns", "pid,mount,uts,ipc and net,user,cgroup,time", field="namespaces", kind="text", metavar="LIST"),
+        Option("--hostname", "in the namespace", kind="text", metavar="NAME"),
+        Option("-u --user", "run as", kind="text", metavar="USER[:GROUP]"),
+        Option("--init", "nssup's own PID 1 above the command"),
+        Option("--no-init", "without it", field="init", kind="off"),
+        Option("--proc", "a private /proc"),
+        Option("--no-proc", "without it", field="proc", kind="off"),
+        Option("--timeout", "kill it all after so long (exit 124)", kind="seconds", metavar="S"),
+        Option("-v --verbose", "its PIDs to stderr"),
+    ),
+    "check": (),
+    "completion": (),
+    "version": (),
+}

@@ -21,7 +21,7 @@ from nssup.ctl import ControlServer
 from nssup.errors import ExitCode
 from nssup.events import State, Stop
 from nssup.routes import ROUTES
-from nssup.verbs import VERBS
+from nssup.verbs import COMMANDS, VERBS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -488,7 +488,7 @@ def test_mistakes_exit_2_with_a_word_on_what_to_do(
 def test_help_names_every_command_and_verb(capfd: pytest.CaptureFixture[str]) -> None:
     said = say("--help", capfd=capfd)
     assert said.code == 0
-    assert all(name in said.out for name in command_line.COMMANDS)
+    assert all(name in said.out for name in COMMANDS)
     said = say("ctl", "-h", capfd=capfd)
     assert all(name in said.out for name in VERBS)
     for verb in VERBS:

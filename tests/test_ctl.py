@@ -13,7 +13,7 @@ import pytest
 from fake_supervisor import Supervisor
 from msgspec.structs import replace
 
-from nssup import desk, http, operation
+from nssup import desk, http, operation, render
 from nssup.api import Reply
 from nssup.ctl import ControlServer
 from nssup.custody import Orphan
@@ -234,6 +234,23 @@ async def test_status_as_text_is_rendered_here(site: Site) -> None:
     assert b"\x1b[" in (await site.get("/v1/status?format=text&color=1")).body
     narrow = await site.get("/v1/status?format=text&width=30")
     assert max(map(len, narrow.body.decode().splitlines())) == 30
+
+
+async def test_a_table_of_many_is_made_without_a_document_of_each(site: Site) -> None:
+    """And says the same."""
+    site.sup.add("web", workers=64)
+    site.sup.add("one")
+    site.sup.add("bad", "crash", workers=2)
+    site.sup.add("none", workers=0)
+    await site.until("web/63", State.RUNNING)
+    await site.until("bad/1", State.BACKOFF)
+    site.sup.die("web/3", Exit(reason="signal:SIGSEGV", signal=11, core=True))
+    await site.until("web/3", State.STARTING, State.BACKOFF)
+    quick = (await site.get("/v1/status", text=True)).body.decode().splitlines()
+    document = (await site.get("/v1/status")).json
+    document["workers"] = [{**w, "cpu_seconds": None, "memory_bytes": None} for w in document["workers"]]
+    assert quick == render.table(document).splitlines()
+    assert (await site.get("/v1/status", text=True)).exit == 3
 
 
 async def test_status_exits_0_3_or_4(site: Site) -> None:
