@@ -118,10 +118,14 @@ def _add_option(sub: "ArgumentParser", option: Option) -> None:
     if not option.takes_value:
         sub.add_argument(*option.names, dest=option.field, action=action, default=_suppress(), help=option.help)
         return
-    converted = {"type": _TYPES[option.kind]} if option.kind in _TYPES else {}
-    chosen = {"choices": option.choices} if option.choices else {"metavar": option.metavar}
-    where: dict[str, Any] = {"dest": option.field, "action": action, "default": _suppress()}
-    sub.add_argument(*option.names, help=option.help, **where, **chosen, **converted)
+    how: dict[str, Any] = {"dest": option.field, "action": action, "default": _suppress(), "help": option.help}
+    if option.kind in _TYPES:
+        how["type"] = _TYPES[option.kind]
+    if option.choices:
+        how["choices"] = option.choices
+    else:
+        how["metavar"] = option.metavar
+    sub.add_argument(*option.names, **how)
 
 
 _ACTIONS = {"on": "store_true", "off": "store_false", "list": "append"}

@@ -90,8 +90,10 @@ _nssup() {{
   fi
   if [[ $names && $current != -* ]]; then
     words=$({NAMES})
+  else
+    words+=' --help'
   fi
-  _nssup_say "$words --help"
+  _nssup_say "$words"
 }}
 complete -F _nssup nssup
 """
