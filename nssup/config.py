@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from nssup import __version__, dependencies, document, envfile, keys
+from nssup import __version__, dependencies, document, envfile, keys, sockets
 from nssup.document import Document, Table
 from nssup.errors import ExitCode, Problem, SpecError
 from nssup.locate import Path, dotted, quoted
 from nssup.record import DEFAULT_PATH, Identity, candidates
-from nssup.spec import ControlSpec, PoolSpec, SupervisorSpec, User, expand, problems
+from nssup.spec import ControlSpec, PoolSpec, SocketSpec, SupervisorSpec, User, expand, problems
 
 Read = Callable[[str, str], list[tuple[str, bytes]]]
 
@@ -58,6 +58,9 @@ class Facts(Protocol):
     def hard_limit(self, resource: str) -> int | None:
         """This process's hard limit (a name of spec.RLIMITS), None for unlimited."""
 
+    def lowest_port(self) -> int:
+        """The lowest port that needs no right to be listened at."""
+
     def exists(self, path: str) -> bool: ...
     def is_directory(self, path: str) -> bool: ...
     def is_executable(self, path: str) -> bool:
@@ -89,13 +92,25 @@ def parse(name: str, data: bytes, read: Read, facts: Facts) -> Config:
     supervisor = _supervisor(reading, main, facts)
     for path, why in keys.convert(keys.POOL, reading.defaults)[1]:
         reading.blame(main, ("defaults", *path), why)
+    for each in reading.sockets.values():
+        _socket(reading, each, facts)
     specs = [_pool(reading, pool, facts) for pool in reading.pools.values()]
-    for name, needed, why in dependencies.problems({spec.name: spec for spec in specs}):
-        reading.blame_pool(reading.pools[name], ("requires", needed), why)
+    _between(reading, specs)
     if reading.problems:
         raise reading.refusal()
-    warnings = sorted({warning for spec in specs for warning in _warnings(reading.pools[spec.name], spec, facts)})
-    return Config(supervisor, {spec.name: spec for spec in specs}, _Origins(reading, main), tuple(warnings))
+    warnings = {warning for spec in specs for warning in _warnings(reading.pools[spec.name], spec, facts)}
+    warnings |= {
+        warning for each in reading.sockets.values() for warning in _socket_warnings(reading, each, specs, facts)
+    }
+    return Config(supervisor, {spec.name: spec for spec in specs}, _Origins(reading, main), tuple(sorted(warnings)))
+
+
+def _between(reading: "_Reading", specs: list[PoolSpec]) -> None:
+    """What is wrong with pools that are right by themselves goes to reading."""
+    for name, needed, why in dependencies.problems({spec.name: spec for spec in specs}):
+        reading.blame_pool(reading.pools[name], ("requires", needed), why)
+    for clash in sockets.clashes(specs) if not reading.problems else ():
+        reading.blame_pool(reading.pools[clash.pool], ("sockets", clash.number), clash.why)
 
 
 def check(name: str, data: bytes, read: Read, facts: Facts) -> tuple[list[str], ExitCode]:
@@ -251,6 +266,17 @@ class _Pool(NamedTuple):
         return file.place(there)
 
 
+class _Socket(NamedTuple):
+    """[socket.NAME] as written."""
+
+    name: str
+    file: Document
+    own: Table
+
+    def place(self, path: Path) -> tuple[str, int, int]:
+        return self.file.place(("socket", self.name, *path))
+
+
 class _Reading:
     """What has been read of one config so far, and what is wrong with it."""
 
@@ -259,6 +285,8 @@ class _Reading:
         self.problems: set[Problem] = set()
         self.files: dict[str, Document] = {}
         self.pools: dict[str, _Pool] = {}
+        self.sockets: dict[str, _Socket] = {}
+        self.socket_specs: dict[str, SocketSpec] = {}  # those that are right
         self.defaults: Table = {}
 
     def refusal(self) -> SpecError:
@@ -324,15 +352,20 @@ def _take(reading: _Reading, main: Document, file: Document, chain: tuple[str, .
         elif key.kind is None:
             reading.blame(file, (name,), keys.NOT_YET)
         elif chain and name in ("supervisor", "defaults"):
-            reading.blame(file, (name,), f"belongs in the main file, {main.name}: an included one has pools only")
-    for name, own in _section(reading, file, "pool").items():
-        if not isinstance(own, dict):
-            reading.blame(file, ("pool", name), "must be a table: write [pool.NAME] and its keys below")
-        elif name in reading.pools:
-            first, line, _ = reading.pools[name].place(())
-            reading.blame(file, ("pool", name), f"is defined already, at {first}:{line}: rename one of them")
-        else:
-            reading.pools[name] = _Pool(name, file, own, document.merged(reading.defaults, own), main, {})
+            reading.blame(
+                file, (name,), f"belongs in the main file, {main.name}: an included one has pools and sockets"
+            )
+    for kind, there in (("pool", reading.pools), ("socket", reading.sockets)):
+        for name, own in _section(reading, file, kind).items():
+            if not isinstance(own, dict):
+                reading.blame(file, (kind, name), f"must be a table: write [{kind}.NAME] and its keys below")
+            elif name in there:
+                first, line, _ = there[name].place(())
+                reading.blame(file, (kind, name), f"is defined already, at {first}:{line}: rename one of them")
+            elif kind == "pool":
+                reading.pools[name] = _Pool(name, file, own, document.merged(reading.defaults, own), main, {})
+            else:
+                reading.sockets[name] = _Socket(name, file, own)
     _follow(reading, main, file, (*chain, file.name))
 
 
@@ -413,7 +446,7 @@ def _pool(reading: _Reading, pool: _Pool, facts: Facts) -> PoolSpec:
         reading.blame_pool(pool, ("command",), why)
     fields = {"name": pool.name, "command": ("-",), **_fields(reading, pool, values)}
     spec = msgspec.convert(fields, PoolSpec)
-    for key, why in [*problems(spec), *resolve(spec, facts)[1]]:
+    for key, why in [*problems(spec), *sockets.pool_problems(spec), *resolve(spec, facts)[1]]:
         rule = _path(key)
         if not any(path == rule[: len(path)] or rule == path[: len(rule)] != () for path, _ in found):
             reading.blame_pool(pool, rule, why)
@@ -447,7 +480,20 @@ def _fields(reading: _Reading, pool: _Pool, values: Table) -> Table:
         fields["restart"] = {"policy": "never"} | values.get("restart", {})
     if "env_file" in values:
         fields["env"] = _env_files(reading, pool, values["env_file"]) | values.get("env", {})
+    if "sockets" in values:
+        fields["sockets"] = _sockets_of(reading, pool, values["sockets"])
     return fields
+
+
+def _sockets_of(reading: _Reading, pool: _Pool, names: tuple[str, ...]) -> tuple[SocketSpec, ...]:
+    for number, name in enumerate(names):
+        if name not in reading.sockets:
+            from difflib import get_close_matches  # only a file with errors pays for it
+
+            near = get_close_matches(name, reading.sockets, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"write [socket.{name}] and its keys"
+            reading.blame_pool(pool, ("sockets", number), f"there is no socket {quoted(name)}: {meant}")
+    return tuple(reading.socket_specs[name] for name in names if name in reading.socket_specs)
 
 
 def _command(command: str | tuple[str, ...], shell: bool) -> tuple[str, ...] | str:
@@ -481,6 +527,58 @@ def _env_files(reading: _Reading, pool: _Pool, files: str | tuple[str, ...]) -> 
     for variable in pool.table["env"] if isinstance(pool.table.get("env"), dict) else ():
         pool.elsewhere.pop(("env", variable), None)
     return env
+
+
+# --- sockets ---------------------------------------------------------------------------------------------------------
+
+
+def _socket(reading: _Reading, socket: _Socket, facts: Facts) -> None:
+    """Its spec goes to reading, or what is wrong with it."""
+    values, found = keys.convert(keys.SOCKET, socket.own)
+    is_text = isinstance(values.get("listen"), str)
+    if is_text:
+        values["listen"] = (values["listen"],)
+    if "listen" not in socket.own:
+        found.append((("listen",), 'is missing: name an address, such as listen = "tcp://127.0.0.1:8080"'))
+    if not found:
+        spec = SocketSpec(name=socket.name, **values)
+        for key, why in [*sockets.problems(spec), *socket_owner(spec, facts)[1]]:
+            path = _path(key)
+            found.append((path[:1] if is_text else path, why))
+        if not found:
+            reading.socket_specs[socket.name] = spec
+    for path, why in found:
+        reading.problems.add(Problem(*socket.place(path), dotted(("socket", socket.name, *path)), why))
+
+
+def socket_owner(spec: SocketSpec, facts: Facts) -> tuple[tuple[int, int], list[tuple[str, str]]]:
+    """(uid, gid) that the file of a socket is to have, -1 to leave it; and (key, why) of what is wrong."""
+    found: list[tuple[str, str]] = []
+    uid = gid = -1
+    if spec.user is not None:
+        user = facts.user(spec.user)
+        number = user.uid if user else _id(spec.user)
+        if number is None:
+            found.append(("user", f"there is no user {quoted(spec.user)} on this host: make it, or name another"))
+        else:
+            uid = number
+    if spec.group is not None:
+        gid = _gid("group", spec.group, facts, found)
+    return (uid, gid), found
+
+
+def _socket_warnings(reading: _Reading, socket: _Socket, pools: list[PoolSpec], facts: Facts) -> Iterator[Problem]:
+    spec = reading.socket_specs[socket.name]
+    users = [pool for pool in pools if spec in pool.sockets]
+    if not users:
+        why = f'no pool has it, and it is not made: write sockets = ["{socket.name}"] in one, or leave it out'
+        yield Problem(*socket.place(()), dotted(("socket", socket.name)), why)
+    for pool in users[:1]:
+        for wanted in sockets.of_worker(pool, 0):
+            port = wanted.address.port
+            if wanted.spec is spec and 0 < port < facts.lowest_port() and not facts.capable("NET_BIND_SERVICE"):
+                why = f"port {port} takes CAP_NET_BIND_SERVICE, which this supervisor has not: choose a higher one"
+                yield Problem(*socket.place(("listen",)), dotted(("socket", socket.name, "listen")), why)
 
 
 # --- what the host says ----------------------------------------------------------------------------------------------

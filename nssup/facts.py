@@ -12,7 +12,7 @@ from nssup.errors import ExitCode, Problem, SpecError
 from nssup.spec import User
 
 # include/uapi/linux/capability.h
-CAPABILITIES = {"SETGID": 6, "SETUID": 7, "SYS_ADMIN": 21, "SYS_RESOURCE": 24}
+CAPABILITIES = {"NET_BIND_SERVICE": 10, "SETGID": 6, "SETUID": 7, "SYS_ADMIN": 21, "SYS_RESOURCE": 24}
 RLIMIT_LOCKS = 10  # asm-generic/resource.h; the resource module does not know it
 
 
@@ -78,6 +78,10 @@ class Host:
         number = RLIMIT_LOCKS if resource == "locks" else getattr(limits, f"RLIMIT_{resource.upper()}")
         hard = limits.getrlimit(number)[1]
         return None if hard == limits.RLIM_INFINITY else hard
+
+    def lowest_port(self) -> int:
+        with open("/proc/sys/net/ipv4/ip_unprivileged_port_start") as setting:
+            return int(setting.read())
 
     def exists(self, path: str) -> bool:
         return os.path.lexists(path)

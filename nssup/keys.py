@@ -641,7 +641,9 @@ POOL = {
     "limits": Key(table(LIMITS, "limits = { rlimits = { nofile = 1024 } }"), "", "See below."),
     "log": Key(table(LOG, "log = { merge = true }"), "", "See below."),
     "credentials": later("Secret files."),
-    "sockets": later("Socket activation."),
+    "sockets": Key(
+        TEXTS, "[]", "Names of `[socket.NAME]`: what the program listens at, as descriptors 3, 4, ... in this order."
+    ),
     "rolling": later("Rolling restarts."),
     "recycle": later("Recycling by age or memory."),
     "isolation": later("Mounts, capabilities, seccomp, network."),
@@ -656,6 +658,20 @@ ROLES = {
 CONTROL = {
     "group": Key(TEXT, "none", "Group of the control socket. Without `roles` its members are operators."),
     "roles": Key(table(ROLES, 'roles = { operator = ["wheel"] }'), "", "See below."),
+}
+
+SOCKET = {
+    "listen": Key(
+        TEXT_OR_LIST,
+        "",
+        "**Required.** `tcp://127.0.0.1:8080`, `tcp://[::1]:8080`, `udp://...`, `unix:///run/app.sock`, or several. "
+        "With `{index}`, `{pool}` or `{id}` in it each worker has its own.",
+    ),
+    "mode": Key(Kind("octal text", _umask), '"0660"', "Of a `unix` socket's file."),
+    "user": Key(TEXT, "the supervisor's", "Whose file it is: name, or number as a text."),
+    "group": Key(TEXT, "the supervisor's", "The file's group: name, or number as a text."),
+    "backlog": Key(whole(1, (1 << 31) - 1), "4096", "Connections that may wait; `net.core.somaxconn` is a limit too."),
+    "reuse_port": Key(FLAG, "false", "Each worker has a socket of its own on the same port; the kernel shares out."),
 }
 
 SUPERVISOR = {
@@ -681,14 +697,16 @@ TOP = {
     "include": Key(
         TEXTS,
         "[]",
-        "More files, relative to this one, with wildcards; in sorted order. They may hold pools and includes.",
+        "More files, relative to this one, with wildcards; in sorted order. They may hold pools, sockets and includes.",
     ),
     "supervisor": Key(Kind("table", _no_check, SUPERVISOR), "", "Directories and socket."),
     "defaults": Key(Kind("table", _no_check, POOL), "", "Any pool key, for every pool."),
     "pool": Key(
         Kind("table", _no_check, POOL), "", "`[pool.NAME]`: one pool each; NAME is `[a-z0-9][a-z0-9_-]{0,47}`."
     ),
-    "socket": later("Sockets held by the supervisor."),
+    "socket": Key(
+        Kind("table", _no_check, SOCKET), "", "`[socket.NAME]`: one listening socket each; NAME as a pool's."
+    ),
     "timer": later("Timers."),
     "group": later("Groups of pools."),
 }

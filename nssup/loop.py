@@ -11,7 +11,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from nssup import (
     clone,
     commands,
     config,
+    held,
     machine,
     notify,
     plan,
@@ -33,6 +34,7 @@ from nssup import (
     readiness,
     record,
     reexec,
+    sockets,
     wire,
 )
 from nssup.backlog import Backlog, missing
@@ -148,11 +150,13 @@ class Supervisor:
         stderr: Mode = "none",
         inheritance: reexec.Inheritance | None = None,
         descriptors: tuple[int, int] | None = None,
+        spares: Iterable[sockets.Spare] = (),
     ) -> None:
         """stderr: how own events are shown there: `json`, `text` or `none`. descriptors: soft and hard limit on them
         for workers whose pool says nothing; None: our own.
 
         inheritance: what the supervisor that this process was before left; its locks and lives are ours from here on.
+        spares: descriptors, ours from here on, that may be sockets which pools want.
         """
         self.spec = spec
         self.host_pid = os.getpid()
@@ -188,6 +192,7 @@ class Supervisor:
         self._awaited: frozenset[tuple[str, int]] | None = None
         self._inheritance = inheritance
         self._inherited: dict[tuple[str, int], reexec.Life] = {}
+        self.sockets = held.Sockets([*(inheritance.sockets if inheritance else ()), *spares])
         self._passing_on = False
         self._passed: list[reexec.Life] = []
         self.legacy: reexec.Inheritance | None = None
@@ -219,6 +224,7 @@ class Supervisor:
             self._watch = Watch(self._loop)
             opened.callback(self._watch.close)
             opened.callback(self._notify.close)
+            opened.callback(lambda: self.sockets.close(keep_files=self.leaving))
             self._journal = self._open_journal()
             self.workers = WorkerSet(
                 self._publish, epoch=self.epoch, seed=str(self.epoch), wall=self.wall, changed=self._changed
@@ -325,6 +331,7 @@ class Supervisor:
                 listener=-1,
                 locks=self._directories.pass_on(),
                 lives=tuple(self._passed),
+                sockets=tuple(self.sockets.pass_on()),
             )
 
     def outlives_us(self, worker_id: str) -> bool:
@@ -454,8 +461,14 @@ class Supervisor:
         user), ControlError (there is a pool of this name, its log cannot be opened).
         """
         self._prepare(spec)
+        try:
+            desired = self._open_sockets(spec)
+        except ControlError:
+            if spec.name not in self.workers.pools:
+                del self._prepared[spec.name]
+                self.logs.close_pool(spec.name)
+            raise
         self._configured.setdefault(spec.name, spec)
-        desired = spec if self._desired is None else self._desired.applied_to(spec)
         claims = self._claims.pop(spec.name, [])
         for claim in claims:
             for process in claim.processes:
@@ -501,6 +514,9 @@ class Supervisor:
         unwanted = sorted(self._custody.unclaimed()) if self._custody else []
         for pool in unwanted:
             self._claim(pool)
+        for spec in specs:
+            self._open_sockets(spec)
+        self.sockets.close_spares()
         for spec in specs:
             self.add_pool(spec)
         for pool in unwanted:
@@ -567,6 +583,7 @@ class Supervisor:
         if spec.name in self.workers.pools or spec.name in self._prepared:
             return  # done; or the workers refuse it, and those of that name go on as they are
         account = plan.Account(*config.account(validate(spec), self._host))
+        sockets.validate(spec)
         told = self._told_how(spec)
         prepared = plan.prepare(
             spec, account, self._environ, self._privileged, notify=told, descriptors=self._descriptors
@@ -586,6 +603,39 @@ class Supervisor:
         self._prepared[spec.name] = prepared
         if prober.has_probes(spec):
             self._probing.add(spec.name)
+
+    def _open_sockets(self, spec: PoolSpec) -> PoolSpec:
+        """Have what all the workers that the pool is to have listen at; as many of them are in the spec returned.
+
+        Raises ControlError.
+        """
+        desired = spec if self._desired is None else self._desired.applied_to(spec)
+        self._have_sockets(desired, range(desired.workers))
+        return desired
+
+    def _have_sockets(self, spec: PoolSpec, indexes: Iterable[int]) -> None:
+        wanted = sockets.of_workers(spec, indexes)
+        if not wanted:
+            return
+        try:
+            self.sockets.open(spec.name, wanted.values(), self._socket_owner, self._kept_sockets)
+        except OSError as error:
+            raise no_room(spec.name, error) from None
+
+    def _socket_owner(self, wanted: sockets.Wanted) -> tuple[int, int]:
+        return config.socket_owner(wanted.spec, self._host)[0]
+
+    def _kept_sockets(self) -> Generator[tuple[str, int], None, None]:
+        """(worker id, copy of a socket that its init keeps), the caller's, of all that was found. Raises OSError."""
+        for claim in [claim for claims in self._claims.values() for claim in claims]:
+            for process in claim.processes:
+                copies = process.sockets()
+                try:
+                    while copies:
+                        yield claim.adopted.worker.id, copies.pop(0)
+                finally:
+                    for fd in copies:
+                        os.close(fd)
 
     def _told_how(self, spec: PoolSpec) -> record.Notify | None:
         """How the pool's programs say how they are. Raises ControlError."""
@@ -681,6 +731,9 @@ class Supervisor:
         nothing is done.
         """
         self._check_open()
+        for pool, n in wanted.items():
+            if pool in self.workers.pools:
+                self._have_sockets(self.workers.pools[pool], range(n))
         scales = {pool: None if n == self.configured_workers(pool) else n for pool, n in wanted.items()}
         with self._remembered(lambda desired: desired.set_scales(scales), "scaled, since it would be forgotten"):
             for pool, n in wanted.items():
@@ -959,6 +1012,7 @@ class Supervisor:
                 prepared.plan(worker.index, generation),
                 merge=prepared.spec.log.merge,
                 staging=-1 if staging is None else staging.fd,
+                sockets=self._lend_sockets(prepared.spec, worker.index),
             )
         except LaunchError as error:
             self.logs.give_back(worker.pool, worker_id, generation)
@@ -974,6 +1028,18 @@ class Supervisor:
             process.policy = wire.Policy.DIE  # who is in no notes must not be left behind
         process.go()  # the life is in the notes: now it may run
         self._watch_life(life)
+
+    def _lend_sockets(self, spec: PoolSpec, index: int) -> tuple[int, ...]:
+        """What the worker is to listen at. Raises LaunchError."""
+        wanted = sockets.of_worker(spec, index) if spec.sockets else []
+        if not self.sockets.has(wanted):
+            try:
+                self._have_sockets(spec, [index])
+            except held.Unusable as error:
+                raise LaunchError("sockets", error.errno) from None
+            except ControlError:
+                raise LaunchError("sockets", errno.EMFILE) from None
+        return self.sockets.descriptors(wanted)
 
     def _place(self, worker_id: str, generation: int) -> Staging | None:
         """Where a new life's output is to be staged. Raises LaunchError."""
@@ -1191,7 +1257,10 @@ class Supervisor:
             self._prepared.pop(event.pool, None)
             self._probing.discard(event.pool)
             self._configured.pop(event.pool, None)
+            self.sockets.close_pool(event.pool)
             self.logs.close_pool(event.pool)
+        if event.event == "removed" and event.worker is not None:
+            self.sockets.close_worker(event.worker)
         for callback in tuple(self._subscribers):
             try:
                 callback(event)

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from nssup import sockets
 from nssup.record import DEFAULT_PATH, UNLIMITED, Identity, Notify, Plan, candidates
 from nssup.spec import PoolSpec, User, expand
 
@@ -81,7 +82,9 @@ def prepare(
         env["NOTIFY_SOCKET"] = notify.socket.decode("utf-8", "surrogateescape")
     if spec.watchdog is not None:
         env["WATCHDOG_USEC"] = str(round(spec.watchdog * 1e6))
-    varying = {name: value for name, value in spec.env.items() if "{" in value}  # the inherited may hold braces
+    listen = sockets.environment(spec)
+    env |= listen
+    varying = {name: value for name, value in spec.env.items() if "{" in value and name not in listen}
     fixed = tuple(_bytes(f"{name}={value}") for name, value in env.items() if name not in {*varying, *OWN_VARIABLES})
     said = {"nofile": descriptors} if descriptors is not None else {}
     limits = tuple(
@@ -151,4 +154,5 @@ class Prepared(NamedTuple):
             umask=spec.umask,
             rlimits=self.rlimits,
             notify=self.notify,
+            sockets=sockets.count(spec),
         )

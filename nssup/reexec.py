@@ -10,6 +10,8 @@ from collections.abc import Mapping, MutableMapping
 
 import msgspec
 
+from nssup.sockets import Spare
+
 VARIABLE = "NSSUP_INHERITANCE"
 VERSION = 1
 
@@ -36,9 +38,9 @@ class Life(msgspec.Struct, frozen=True, array_like=True):
 
 class Inheritance(msgspec.Struct, frozen=True, kw_only=True):
     """host_pid: of the process it is for. from_version, epoch: of who left it. listener: the control socket, listening.
-    locks: the lock files of the directories, locked. ends_at: when `--for` is over (CLOCK_BOOTTIME), None: never.
-    failed: why the exec did not happen; then it is for the same code again. soft_limit: on descriptors, that this
-    process was started with.
+    locks: the lock files of the directories, locked. sockets: held for workers. ends_at: when `--for` is over
+    (CLOCK_BOOTTIME), None: never. failed: why the exec did not happen; then it is for the same code again. soft_limit:
+    on descriptors, that this process was started with.
     """
 
     version: int = VERSION
@@ -48,12 +50,18 @@ class Inheritance(msgspec.Struct, frozen=True, kw_only=True):
     listener: int
     locks: tuple[int, ...]
     lives: tuple[Life, ...] = ()
+    sockets: tuple[Spare, ...] = ()
     ends_at: float | None = None
     failed: str | None = None
     soft_limit: int | None = None
 
     def descriptors(self) -> list[int]:
-        return [self.listener, *self.locks, *(fd for life in self.lives for fd in life.descriptors())]
+        return [
+            self.listener,
+            *self.locks,
+            *(fd for life in self.lives for fd in life.descriptors()),
+            *(each.fd for each in self.sockets),
+        ]
 
 
 def command() -> tuple[list[str], list[str]] | None:

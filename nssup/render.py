@@ -72,6 +72,14 @@ class WorkerDocument(TypedDict):
     last_exit: ExitDocument | None
 
 
+class SocketDocument(TypedDict):
+    """A socket that is held for a pool. address: as it is bound. worker: whose alone it is, None if it is shared."""
+
+    name: str
+    address: str
+    worker: str | None
+
+
 class PoolDocument(TypedDict):
     """One pool in `status`, counted over all its workers. wanted: how many the config or `scale` asked for."""
 
@@ -81,6 +89,7 @@ class PoolDocument(TypedDict):
     ready: int
     state: str
     rollout: None
+    sockets: list[SocketDocument]
 
 
 class SupervisorDocument(TypedDict):

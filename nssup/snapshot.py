@@ -5,7 +5,7 @@ Reads a supervisor, changes nothing. A document is made of plain values, ready f
 
 import hashlib
 import signal
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -36,6 +36,21 @@ class Dropped(Protocol):
         """Raises KeyError when there is no such log."""
 
 
+class Listed(Protocol):
+    """A socket that is held. worker: whose alone it is, "" if it is shared."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def worker(self) -> str: ...
+
+
+class Held(Protocol):
+    def listed(self, pool: str) -> Sequence[Listed]: ...
+
+
 class Source(Protocol):
     """What of a supervisor is looked at. Times as in WorkerSet: `now` is CLOCK_BOOTTIME, and `wall` makes wall clock
     seconds of such a time; started_at is wall clock."""
@@ -57,6 +72,8 @@ class Source(Protocol):
     def namespaces(self, worker_id: str) -> dict[str, int]: ...
     @property
     def logs(self) -> Dropped: ...
+    @property
+    def sockets(self) -> Held: ...
 
 
 def signal_name(number: int) -> str:
@@ -179,6 +196,10 @@ class Snapshot:
             "ready": sum([w.ready for w in workers]),
             "state": render.pool_state([*(["running"] if running else []), *(state.value for state in {*others})]),
             "rollout": None,
+            "sockets": [
+                {"name": each.name, "address": each.address, "worker": each.worker or None}
+                for each in self._source.sockets.listed(name)
+            ],
         }
 
     def fold(self, workers: list[Worker]) -> render.Fold:

@@ -175,13 +175,30 @@ class LogSpec(msgspec.Struct, frozen=True, kw_only=True):
     merge: bool = False
 
 
+class SocketSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A socket that the supervisor holds for workers (interface.md, [socket.NAME]). listen: addresses, see `address`;
+    each is a descriptor. They may hold {index}, {pool}, {id}, and then each worker has its own. backlog: connections
+    that may wait, as far as net.core.somaxconn lets them. mode, user, group: of a path; None: the supervisor's own.
+    reuse_port: each worker has its own socket on the same port, and the kernel shares connections out.
+    """
+
+    name: str
+    listen: tuple[str, ...]
+    mode: int = 0o660
+    user: str | None = None
+    group: str | None = None
+    backlog: int = 4096
+    reuse_port: bool = False
+
+
 class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A pool and how each of its workers runs. Field names are the config's keys (interface.md, Config).
 
     command, env, directory, hostname may hold {index} {pool} {id} {generation}, {index+9000}, {index:02}: see `expand`.
     user, group, groups: names or numbers as text; None means the supervisor's own. umask: an int. rlimits: a name
     of RLIMITS -> (soft, hard), None = unlimited. proc: mount a private /proc (needs pid and mount). requires: by the
-    name of the other pool; what is wrong between pools, dependencies.problems says.
+    name of the other pool; what is wrong between pools, dependencies.problems says. sockets: what its programs
+    listen at, in the order of their descriptors, from 3 on.
     """
 
     name: str
@@ -213,6 +230,7 @@ class PoolSpec(msgspec.Struct, frozen=True, kw_only=True):
     restart: RestartPolicy = RestartPolicy()
     rlimits: dict[str, tuple[int | None, int | None]] = {}
     log: LogSpec = LogSpec()
+    sockets: tuple[SocketSpec, ...] = ()
 
 
 # A brace pair round one of our words, with arithmetic or a width; {{ and }} round a word are its literal braces.

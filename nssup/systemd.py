@@ -11,6 +11,8 @@ import socket
 from collections.abc import MutableMapping, Sequence
 from typing import NamedTuple
 
+from nssup.sockets import Spare
+
 # What it tells us is ours: no worker is to inherit it, and to answer in our name.
 VARIABLES = (
     "NOTIFY_SOCKET",
@@ -25,6 +27,7 @@ VARIABLES = (
 # These hold as long as the process, also after an exec; descriptors are passed once.
 LASTING = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "FDSTORE")
 CONTROL = "nssup-control"  # the name of the control socket among the descriptors it keeps for us
+_SOCKET = "nssup-socket."  # how the names of workers' sockets begin there
 FIRST_FD = 3
 PATIENCE = 1000  # milliseconds that it may keep us waiting, when its queue is full
 _SOCK_TYPE = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
@@ -35,6 +38,19 @@ class Given(NamedTuple):
 
     name: str
     fd: int
+
+
+def stored_name(spare: Spare) -> str:
+    """What a worker's socket is called among the descriptors that it keeps for us."""
+    return f"{_SOCKET}{spare.name}" + (f".{spare.worker}" if spare.worker else "")
+
+
+def spare_of(given: Given) -> Spare:
+    """A socket that it kept for us; or one that it has made itself, by FileDescriptorName= of its unit."""
+    if not given.name.startswith(_SOCKET):
+        return Spare(given.fd, given.name, any_address=True, made=False)
+    name, _, worker = given.name.removeprefix(_SOCKET).partition(".")
+    return Spare(given.fd, name, worker)
 
 
 class Manager:

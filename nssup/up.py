@@ -26,6 +26,7 @@ from nssup.events import Event, Exit, State
 from nssup.listener import Listener, listen, resume
 from nssup.loop import Supervisor, monotonic_usec, now
 from nssup.restart import TOO_MANY
+from nssup.sockets import Spare
 from nssup.spec import SupervisorSpec, validate
 
 REHEARSE = "--rehearse"  # of `nssup up`: say whether it could take over, and do nothing
@@ -359,6 +360,7 @@ class _Session:
             stderr="text" if os.isatty(2) else "json",
             inheritance=inheritance,
             descriptors=descriptors,
+            spares=[systemd.spare_of(each) for each in given if each.name != systemd.CONTROL],
         )
         self._service: _Service
 
@@ -395,11 +397,7 @@ class _Session:
         """The one that was left to us, or a new one, which the service manager is asked to keep."""
         path = self.config.supervisor.socket
         left = [self._inheritance.listener] if self._inheritance else []
-        for name, fd in self._given:
-            if name == systemd.CONTROL:
-                left.append(fd)
-            else:
-                os.close(fd)
+        left += [fd for name, fd in self._given if name == systemd.CONTROL]
         found = [listener for listener in (resume(path, fd) for fd in left) if listener is not None]
         for spare in found[1:]:
             spare.socket.close()
@@ -443,6 +441,8 @@ class _Session:
         if self._inheritance is not None and self._inheritance.failed is not None:
             supervisor.workers.note("reexec_failed", now(), reason=self._inheritance.failed)
         supervisor.add_pools(self.config.pools.values())
+        for each in self._stored():
+            self._manager.keep(systemd.stored_name(each), each.fd)
         self.verdict.take_stock()
         self._service = _Service(self._manager, supervisor)
         ended.callback(self._service.close)
@@ -450,9 +450,16 @@ class _Session:
             left = max(self._ends_at - now(), 0.0)
             ended.callback(asyncio.get_running_loop().call_later(left, self.verdict.end).cancel)
 
+    def _stored(self) -> list[Spare]:
+        """What workers listen at, but for what the service manager has made itself: it gives that every time."""
+        return [each for each in self._supervisor.sockets.left() if each.made]
+
     async def _end(self) -> None:
         self._service.stopping()
         self._manager.forget(systemd.CONTROL)
+        if not self._supervisor.leaving:
+            for name in {systemd.stored_name(each) for each in self._stored()}:
+                self._manager.forget(name)
         if self._supervisor.leaving:
             await self._supervisor.stop_bound()
         else:

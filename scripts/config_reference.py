@@ -25,6 +25,7 @@ TABLES = (
     ("`[pool.NAME.limits]`", keys.LIMITS),
     ("`[pool.NAME.limits.rlimits]`", keys.RLIMITS),
     ("`[pool.NAME.log]`", keys.LOG),
+    ("`[socket.NAME]`", keys.SOCKET),
 )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nssup import procfs
 from nssup.events import Empty, Event, Exit, Exited, Gone, Input, Launched, Running, SetupFailed, Started
+from nssup.held import Sockets
 from nssup.logs import LogHub, Streams
 from nssup.machine import Action, Forget, KillTree, Launch, SignalMain, SignalTree
 from nssup.spec import PoolSpec
@@ -57,6 +58,7 @@ class Supervisor:
         self._pipes: dict[str, tuple[int, Streams]] = {}  # worker -> end to write to
         self.workers = WorkerSet(self._publish, epoch=self.epoch, wall=self.wall)
         self.logs = LogHub(self._loop, log_dir, lambda: WALL + self.time)
+        self.sockets = Sockets()
 
     async def close(self) -> None:
         for worker_id in list(self._pipes):

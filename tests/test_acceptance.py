@@ -85,8 +85,8 @@ def test_status_as_promised(tmp_path: Path) -> None:
         assert document["supervisor"]["host_pid"] == up.host_pid
         assert document["supervisor"]["epoch"] == 1
         assert document["pools"] == [
-            {"name": "web", "wanted": 2, "running": 2, "ready": 2, "state": "running", "rollout": None},
-            {"name": "off", "wanted": 1, "running": 0, "ready": 0, "state": "stopped", "rollout": None},
+            {"name": "web", "wanted": 2, "running": 2, "ready": 2, "state": "running", "rollout": None, "sockets": []},
+            {"name": "off", "wanted": 1, "running": 0, "ready": 0, "state": "stopped", "rollout": None, "sockets": []},
         ]
         worker = document["workers"][0]
         fields = (

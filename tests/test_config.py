@@ -80,6 +80,9 @@ class Host:
     def hard_limit(self, resource: str) -> int | None:
         return None if resource == "core" else 1000
 
+    def lowest_port(self) -> int:
+        return 1024
+
     def exists(self, path: str) -> bool:
         return path in self._files or self.is_executable(path)
 
@@ -444,7 +447,7 @@ def test_what_comes_later_is_refused_by_name(path: str) -> None:
 def test_what_comes_later_is_what_interface_promises() -> None:
     """The keys that people may write by the promised interface: each is there, or refused as not yet there."""
     for path in (
-        "rolling recycle isolation credentials sockets "
+        "rolling recycle isolation credentials "
         "limits.memory limits.cpu limits.pids limits.io limits.oom log.size log.age log.keep "
         "log.total log.compress log.fsync log.multiline log.rate log.sink log.overflow log.on_error"
     ).split():
@@ -584,9 +587,9 @@ def test_a_pattern_may_match_nothing() -> None:
         ("'a.toml'", {"a_toml": "version = 3\nx = 1"},
          "a.toml:1:1: version: 3 is not known to this nssup (0.1.0): the only version is 1"),
         ("'a.toml'", {"a_toml": "[defaults]"},
-         "a.toml:1:2: defaults: belongs in the main file, n.toml: an included one has pools only"),
+         "a.toml:1:2: defaults: belongs in the main file, n.toml: an included one has pools and sockets"),
         ("'a.toml'", {"a_toml": "[supervisor]"},
-         "a.toml:1:2: supervisor: belongs in the main file, n.toml: an included one has pools only"),
+         "a.toml:1:2: supervisor: belongs in the main file, n.toml: an included one has pools and sockets"),
         ("'a.toml'", {"a_toml": "x ="}, "a.toml:1:4: is no TOML: invalid value: the file ends before something is complete"),
         ("'a.toml'", {"a_toml": b"\xff"}, "a.toml:1:1: byte 0xff is not UTF-8: save the file as UTF-8"),
         ("'a.toml'", {"a_toml": POOL_A + "wrkers = 1"}, "a.toml:3:1: pool.a.wrkers: unknown key: did you mean workers?"),

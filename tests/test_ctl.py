@@ -184,7 +184,7 @@ async def test_status_is_the_promised_document(site: Site) -> None:
         "epoch": 7,
     }
     assert found["pools"] == [
-        {"name": "web", "wanted": 2, "running": 2, "ready": 2, "state": "running", "rollout": None}
+        {"name": "web", "wanted": 2, "running": 2, "ready": 2, "state": "running", "rollout": None, "sockets": []}
     ]
     worker = found["workers"][1]
     assert set(worker) == STATUS_KEYS

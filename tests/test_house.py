@@ -18,15 +18,15 @@ PACKAGE = Path(__file__).parent.parent / "nssup"
 
 # A module imports from the rows above it in this table, never from its own.
 ROWS = [
-    "errors units locate verbs",
+    "errors units locate verbs address",
     "spec events record wire keys document envfile handover",
     "machine restart history explain readiness dependencies rollout schedule adopt lines config diff render selection "
-    "plan openapi access audit probing",
+    "plan openapi access audit probing sockets",
     "effective metrics completion",
     "workers",
     "backlog clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
     "snapshot logfile logread logpool intake follower framing journal desired systemd reexec notify commands "
-    "prober interpreter",
+    "prober interpreter held",
     "loop sim pipes hub",
     "process foreground http operation",
     "crew api pools tasks executor",
@@ -57,6 +57,8 @@ WITHIN_ROW = {
     ("explain", "machine"),
     ("explain", "restart"),
     ("explain", "render"),
+    ("plan", "sockets"),
+    ("config", "sockets"),
     ("custody", "clone"),
     ("custody", "desired"),
     ("custody", "lives"),

@@ -54,6 +54,7 @@ def pool(name: str, workers: list[WorkerDocument], wanted: int | None = None) ->
         "ready": running,
         "state": render.pool_state(w["state"] for w in workers),
         "rollout": None,
+        "sockets": [],
     }
 
 
