@@ -377,12 +377,14 @@ class Process:
 
     def signal(self, signo: int, *, tree: bool = False, stop_steps: int = 0, ns_pid: int | None = None) -> None:
         """Send signo to the program; to every process of the namespace but init (tree); or to one of it (ns_pid).
-        stop_steps: see wire."""
+        stop_steps: see wire; a step of a stop is followed by SIGCONT, as one that is stopped could not begin to end."""
         if self.has_init:
             target = wire.SIGNAL_ALL if tree else wire.SIGNAL_MAIN if ns_pid is None else ns_pid
             self._send(wire.signal(self._epoch, signo, target, stop_steps))
         else:
             self._signal_init(signo)
+            if stop_steps and signo not in (signal.SIGSTOP, signal.SIGTSTP):
+                self._signal_init(signal.SIGCONT)
 
     def spawn(
         self,

@@ -205,12 +205,13 @@ class Loss(NamedTuple):
 
 class Unmet(NamedTuple):
     """One thing that a pool waits for. so: how many workers of `needed` are as required, of how many; both 0 when it
-    has none, or is not there."""
+    has none, or is not there. stuck: it will not come without an operator, as all others of them are down."""
 
     needed: str
     when: When
     so: int
     wanted: int
+    stuck: bool
 
 
 class Dependencies:
@@ -295,8 +296,13 @@ class Dependencies:
         for needed, requirement in self.requires[name].items():
             if not self._met(needed, requirement.when):
                 standing = self._standing.get(needed, Standing(0))
-                of = standing.there if requirement.when == "stopped" else standing.wanted
-                found.append(Unmet(needed, requirement.when, getattr(standing, requirement.when), of))
+                so = getattr(standing, requirement.when)
+                if requirement.when == "stopped":
+                    found.append(Unmet(needed, requirement.when, so, standing.there, stuck=not standing.stopping))
+                else:
+                    down = standing.stopped - standing.done  # who failed among them
+                    stuck = so + down >= standing.wanted
+                    found.append(Unmet(needed, requirement.when, so, standing.wanted, stuck))
         return found
 
     def _met(self, needed: str, when: When) -> bool:

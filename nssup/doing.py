@@ -26,6 +26,7 @@ from nssup.api import (
 from nssup.desk import Desk
 from nssup.errors import ControlError
 from nssup.events import Input, Kill, Reload, Reset, Restart, Start, State, Stop
+from nssup.machine import Worker
 from nssup.operation import DOWN, UP, Goal, Judge
 from nssup.selection import select_pools
 from nssup.snapshot import Snapshot, members
@@ -59,9 +60,23 @@ async def _run(
 
 def start(desk: Desk, call: Call) -> Answer:
     command: Command = call.command
-    judge = operation.aim(command.wait, operation.up, UP)
-    work = [(each, Start(), judge) for each in _meant(desk, command, "start", by_default=True)]
+    judge = _unless_stuck(desk, operation.aim(command.wait, operation.up, UP))
+    workers = desk.supervisor.workers
+    work = [(each, Start(), judge) for each in workers.required_first(_meant(desk, command, "start", by_default=True))]
     return _run(desk, "start", work, command.timeout, call.text)
+
+
+def _unless_stuck(desk: Desk, judge: Judge) -> Judge:
+    """Who waits for a pool that nobody has started waits for an operator: he is told, not kept waiting himself."""
+    dependencies = desk.supervisor.workers.dependencies
+
+    def judged(w: Worker | None) -> bool | None:
+        said = judge(w)
+        if said is None and w is not None and w.state is State.WAITING:
+            return False if any(lack.stuck for lack in dependencies.unmet(w.pool)) else None
+        return said
+
+    return judged
 
 
 def stop(desk: Desk, call: Call) -> Answer:

@@ -164,7 +164,8 @@ class Alive(LifeInput, frozen=True):
 
 
 class CommandFailed(LifeInput, frozen=True):
-    """The command of this step of the stop sequence could not be run, or failed."""
+    """The command of this step of the stop sequence could not be run, or failed; or its signal was dropped by the
+    kernel, as the program is a PID 1 that does not handle it."""
 
     stop_step: int
 

@@ -3,12 +3,13 @@
 Times are CLOCK_BOOTTIME seconds, until they are stamped for the API's document.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict
 
 from nssup import render, restart
+from nssup.dependencies import Unmet
 from nssup.events import Exit, State
-from nssup.machine import POOL_FAILED, Worker, asks_readiness
+from nssup.machine import DEPENDENCY, POOL_FAILED, Worker, asks_readiness
 from nssup.render import ExitDocument
 from nssup.spec import PoolSpec
 
@@ -53,9 +54,13 @@ class Explanation(NamedTuple):
     deaths: Deaths | None
 
 
-def explain(worker: Worker, spec: PoolSpec, now: float, seed: str, count: int) -> Explanation:
-    """count: how many attempts to tell at most. Never raises."""
+def explain(
+    worker: Worker, spec: PoolSpec, now: float, seed: str, count: int, lacks: Sequence[Unmet] = ()
+) -> Explanation:
+    """count: how many attempts to tell at most. lacks: what its pool requires and is not there. Never raises."""
     why, waits_for = _WHY[worker.state](worker, spec)
+    if worker.state is State.WAITING and lacks:
+        waits_for = "; ".join(map(_lack, lacks))
     intensity = spec.restart.intensity
     deaths = None
     if intensity is not None:
@@ -130,12 +135,21 @@ def _stopped(w: Worker, spec: PoolSpec) -> _Said:
         return "nobody has started it" + ("" if spec.enabled else "; its pool is disabled"), _OPERATOR
     if w.reason == "operator":
         return "an operator wants it down", _OPERATOR
+    if w.reason.startswith(DEPENDENCY):
+        return f"pool {w.reason.removeprefix(DEPENDENCY)}, which it requires, was lost", _OPERATOR
     return f"its last life ended with {w.reason}, after which its rules want no other", _OPERATOR
 
 
 def _waiting(w: Worker, spec: PoolSpec) -> _Said:
-    what, _, name = (w.reason or "").partition(":")
-    return "it is to be up, and something it requires is not there", f"pool {name}" if name else what
+    return "it is to be up, and what its pool requires is not there", "other pools"
+
+
+def _lack(lack: Unmet) -> str:
+    said = f"pool {lack.needed} to be {lack.when}"
+    if not lack.wanted:
+        return f"{said}: it has no workers (nssup ctl scale {lack.needed})"
+    said = f"{said}: {lack.so} of its {lack.wanted} workers are"
+    return f"{said}, and nobody else is on the way (nssup ctl start {lack.needed})" if lack.stuck else said
 
 
 def _starting(w: Worker, spec: PoolSpec) -> _Said:
@@ -159,6 +173,8 @@ def _stopping(w: Worker, spec: PoolSpec) -> _Said:
         return why, "what its program left behind to be gone"
     if w.killed:
         return why, "its processes to be gone: they were sent SIGKILL"
+    if w.held:
+        return why, "those to be down that require its pool, before its stop sequence begins"
     if w.stop_step is None:
         return why, "its turn to be stopped"
     return why, f"its program to end: step {w.stop_step + 1} of {len(spec.stop)} of its stop sequence"
@@ -169,6 +185,9 @@ def _why_down(w: Worker) -> str:
         return "another worker of its pool died too often"
     if w.reason == "operator":
         return "an operator wants " + ("it started again" if w.again else "it down")
+    if (w.reason or "").startswith(DEPENDENCY):
+        what = "it waits for it" if w.again else "it stays down"
+        return f"pool {(w.reason or '').removeprefix(DEPENDENCY)}, which it requires, was lost, and {what}"
     return f"its life is ending: {w.reason}"
 
 

@@ -608,7 +608,8 @@ POOL = {
     "init": Key(
         FLAG,
         "true",
-        "Whether nssup-init is PID 1 of the namespace. With `false` the program is, with a PID 1's duties.",
+        "Whether nssup-init is PID 1 of the namespace. With `false` the program is, with a PID 1's duties; "
+        "a signal that it does not handle does not reach it, and a stop step with such a signal is not waited for.",
     ),
     "namespaces": Key(
         list_of(one_of("pid", "mount", "uts", "ipc", "user", not_yet=("net", "cgroup", "time")), "list of names"),

@@ -868,7 +868,17 @@ class Supervisor:
         else:
             begun = self.workers.workers[worker_id].stop_step
             tree = isinstance(action, machine.SignalTree)
-            life.process.signal(action.signo, tree=tree, stop_steps=0 if tree or begun is None else begun + 1)
+            steps = 0 if tree or begun is None else begun + 1
+            life.process.signal(action.signo, tree=tree, stop_steps=steps)
+            if steps and not life.process.has_init and procfs.drops(life.process.init_host_pid, action.signo):
+                self._loop.call_soon(self._unheard, worker_id, action.generation, action.signo, steps - 1)
+
+    def _unheard(self, worker_id: str, generation: int, signo: int, stop_step: int) -> None:
+        """The kernel has dropped the signal of a stop step: there is nothing to wait for."""
+        if worker_id in self.workers.workers:
+            detail = {"signal": signo}
+            self.workers.note("signal_ignored", now(), worker=worker_id, generation=generation, detail=detail)
+            self.feed(worker_id, CommandFailed(generation, stop_step))
 
     def _run_command(self, life: _Life, action: machine.RunCommand) -> None:
         """A command of the spec, beside the program; what it writes is among the program's output."""

@@ -5,6 +5,7 @@ as display only. Source: proc(5).
 """
 
 import os
+import signal
 from typing import NamedTuple
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -29,6 +30,20 @@ def stat(host_pid: int) -> Stat | None:
     fields = data[data.rindex(b")") + 2 :].split()  # a name may hold anything, also ") "
     ticks = sum(int(field) for field in fields[11:15])
     return Stat(int(fields[1]), ticks / _TICKS, int(fields[21]) * _PAGE)
+
+
+def drops(host_pid: int, signo: int) -> bool:
+    """Whether the kernel drops the signal that is sent to the process, the PID 1 of a namespace: it is neither caught
+    nor blocked. SIGKILL and SIGSTOP from outside never are."""
+    if signo in (signal.SIGKILL, signal.SIGSTOP):
+        return False
+    try:
+        with open(f"/proc/{host_pid}/status", "rb") as file:
+            status = dict(line.split(b":", 1) for line in file.read().splitlines() if b":" in line)
+    except OSError:
+        return False
+    heard = int(status.get(b"SigCgt", b"0"), 16) | int(status.get(b"SigBlk", b"0"), 16)
+    return not heard >> (signo - 1) & 1
 
 
 class Process(NamedTuple):

@@ -119,7 +119,7 @@ class _Verdict:
     def note(self, event: Event) -> None:
         if event.worker is not None and event.event in ("failed", "finished"):
             self._ended(event.worker, event.event == "failed", event.reason, event.exit)
-        elif event.worker is not None and event.event == "launched":
+        elif event.worker is not None and event.event in ("launched", "blocked"):
             self.failed.pop(event.worker, None)
         elif event.worker is not None and event.event == "intensity_exceeded":
             self.failed[event.worker] = TOO_MANY  # said before its init is reaped, which a stop may be faster than

@@ -19,6 +19,7 @@ Published, one Event per change of state, plus facts (`from` and `to` are None):
 | `command_run` | fact: the next stop step, a command, has begun |
 | `probe_failed` | fact: a probe of a running worker failed after it had succeeded, or did so once too often |
 | `command_failed` | fact: a command of the stop sequence, or of a reload, failed or could not be run |
+| `signal_ignored` | fact: a stop step's signal is one that the program, a PID 1, does not handle: the next step |
 | `signalled` | fact: a signal was sent without a change of state: an operator's, or the next stop step |
 | `intensity_exceeded` | fact: a worker died too often, and has failed; `detail.then` says what else follows |
 | `reset` | fact: an operator had a worker's failures forgotten |
@@ -91,6 +92,7 @@ EVENTS = frozenset(EVENT_OF.values()) | {
     "became_unready",
     "command_run",
     "command_failed",
+    "signal_ignored",
     "probe_failed",
     "signalled",
     "intensity_exceeded",
@@ -274,7 +276,8 @@ class WorkerSet:
     def explain(self, worker_id: str, now: float, attempts: int) -> Explanation:
         """Why it is in its state, and what will be done. attempts: how many launches to come to tell at most."""
         worker = self.workers[worker_id]
-        return explain(worker, self.pools[worker.pool], now, self._seed, attempts)
+        lacks = self.dependencies.unmet(worker.pool)
+        return explain(worker, self.pools[worker.pool], now, self._seed, attempts, lacks)
 
     def _spec(self, name: str) -> PoolSpec:
         try:
@@ -343,6 +346,14 @@ class WorkerSet:
     def stop_order(self, names: Iterable[str]) -> list[str]:
         """Pools in the order in which to stop them: each before all that it requires, otherwise the last first."""
         return dependencies.stop_order(self.dependencies.requires, names)
+
+    def required_first(self, workers: Iterable[str]) -> list[str]:
+        """Ids of workers as given, but each after all that its pool requires."""
+        ids = list(workers)
+        pools = dict.fromkeys(self.workers[each].pool for each in ids)
+        order = dependencies.start_order(self.dependencies.requires, pools)
+        rank = {pool: number for number, pool in enumerate(order)}
+        return sorted(ids, key=lambda each: rank[self.workers[each].pool])
 
     def dependents_first(self, workers: Iterable[str]) -> list[str]:
         """Ids of workers as given, but each before all that its pool requires, so that these wait for it to be down."""

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nssup import dependencies
-from nssup.dependencies import circle, holds, longest_stop, start_order, stop_order
+from nssup.dependencies import Unmet, circle, holds, longest_stop, start_order, stop_order
 from nssup.errors import ControlError
 from nssup.events import Event, Exit, Restart, Start, State, Stop
 from nssup.machine import Launch, Worker
@@ -177,7 +177,7 @@ def test_all_workers_wanted_count() -> None:
     world.run(4.9)
     assert world.states()["web/0"] == "waiting"
     unmet = world.workers.dependencies.unmet("web")
-    assert [(u.needed, u.when, u.so, u.wanted) for u in unmet] == [("db", "ready", 2, 3)]
+    assert unmet == [Unmet("db", "ready", 2, 3, stuck=False)]
     world.run(5.1)
     assert world.states()["web/0"] == "running"
     assert world.workers.dependencies.unmet("web") == []
@@ -230,6 +230,11 @@ def test_who_requires_what_will_not_come_waits_until_an_operator_starts_it(how: 
     world.feed("web/0", Restart())
     world.run(1000.0)
     assert (world.states()["web/0"], world.reason("web/0")) == ("waiting", "dependency:db")
+    assert world.workers.dependencies.unmet("web") == [Unmet("db", "ready", 0, 1, stuck=True)]
+    waits_for = world.workers.explain("web/0", world.now, 5).waits_for
+    assert waits_for == (
+        "pool db to be ready: 0 of its 1 workers are, and nobody else is on the way (nssup ctl start db)"
+    )
     assert world.workers.next_deadline() is None
     world.feed("db/0", Start())
     world.run(1001.0)

@@ -55,6 +55,7 @@ WITHIN_ROW = {
     ("history", "machine"),
     ("history", "render"),
     ("explain", "machine"),
+    ("explain", "dependencies"),
     ("explain", "restart"),
     ("explain", "render"),
     ("plan", "sockets"),

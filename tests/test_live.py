@@ -15,7 +15,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from live import PATIENCE, PidNamespaces, Witness, namespace_pids, needs_namespaces, wait_readable
+from live import PATIENCE, PidNamespaces, Witness, namespace_pids, needs_namespaces, status_field, wait_readable
 
 from nssup import ControlError, PoolSpec, SpecError
 from nssup.events import Kill, Restart, Start, State, Stop
@@ -423,6 +423,40 @@ async def test_stopped_and_started_while_it_waits(live: tuple[Supervisor, Witnes
     third = await witness.wait("backed_off", "web/0", generation=3)
     assert third.ts - stopped.ts < 5.0
     assert supervisor.workers.workers["web/0"].restarts == 0
+
+
+@pytest.mark.parametrize("init", [True, False])
+async def test_one_that_is_frozen_is_woken_by_its_stop(live: tuple[Supervisor, Witness], init: bool) -> None:
+    """SIGTERM alone would wait until somebody says SIGCONT."""
+    supervisor, witness = live
+    script = "trap 'echo bye; exit 7' TERM; echo up; while :; do sleep 1000 & wait; done"
+    patient = (StopStep(signal.SIGTERM, 1000.0), StopStep(None))
+    await wait_output(supervisor, pool("web", "sh", "-c", script, init=init, stop=patient), "up")
+    worker = supervisor.workers.workers["web/0"]
+    assert worker.host_pid is not None
+    supervisor.feed("web/0", Kill(signal.SIGSTOP))
+    while status_field(worker.host_pid, "State")[0] != "T":
+        os.sched_yield()
+    supervisor.feed("web/0", Stop())
+    stopped = await witness.wait("stopped", "web/0")
+    assert stopped.exit is not None
+    assert stopped.exit.code == 7
+
+
+async def test_a_signal_that_a_pid_1_does_not_handle_is_not_waited_for(live: tuple[Supervisor, Witness]) -> None:
+    supervisor, witness = live
+    steps = (StopStep(signal.SIGUSR1, 1000.0), StopStep(signal.SIGTERM, 1000.0), StopStep(None))
+    script = "trap 'exit 7' TERM; echo up; while :; do sleep 1000 & wait; done"
+    await wait_output(supervisor, pool("polite", "sh", "-c", script, init=False, stop=steps), "up")
+    supervisor.add_pool(pool("deaf", init=False, stop=(StopStep(signal.SIGTERM, 1000.0), StopStep(None))))
+    await witness.wait("started", "deaf/0")
+    for worker_id, ignored, code in (("polite/0", signal.SIGUSR1, 7), ("deaf/0", signal.SIGTERM, None)):
+        supervisor.feed(worker_id, Stop())
+        stopped = await witness.wait("stopped", worker_id)
+        assert stopped.exit is not None
+        assert stopped.exit.code == code
+        (told,) = [e for e in witness.events if e.event == "signal_ignored" and e.worker == worker_id]
+        assert told.detail == {"signal": ignored}
 
 
 async def test_stopped_before_it_runs(live: tuple[Supervisor, Witness]) -> None:

@@ -70,9 +70,15 @@ def test_ctl_stop_of_several_goes_in_reverse_too(tmp_path: Path) -> None:
         done = up.ctl("stop", "db", "web")
         assert (done.code, done.err) == (0, "")
         assert max(place(up, "stopped", f"web/{n}") for n in range(4)) < up.wait("signalled", "db/0")["seq"]
-        started = up.ctl("start", "web", "--timeout", "0.01")
-        assert started.code == 124
+        started = up.ctl("start", "web")
+        assert started.code == 1
+        assert "dependency:db" in started.err
         assert states(up)["web/3"] == ("waiting", "dependency:db")
+        told = up.ctl("explain", "web/3").out
+        assert "waits for: pool db to be ready: 0 of its 1 workers are, and nobody else is on the way" in told
+        assert up.ctl("start", "--all", "--timeout", "0.01").code == 124  # db is not ready yet
+        make_ready(tmp_path)
+        assert up.ctl("wait", "web").code == 0
 
 
 @pytest.mark.parametrize(("lost", "state"), [("ignore", "running"), ("restart", "waiting"), ("stop", "stopped")])

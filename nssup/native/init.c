@@ -503,8 +503,12 @@ static void signal_inside(int target, int signo)
 static void take_signal(const struct wire_signal *m)
 {
 	signal_inside(m->target, m->signo);
-	if (m->stop_steps && self.state.phase == PHASE_RUNNING)
-		self.state.step = m->stop_steps;
+	if (!m->stop_steps || self.state.phase != PHASE_RUNNING)
+		return;
+	self.state.step = m->stop_steps;
+	/* One that is stopped (SIGSTOP) could not even begin to end. */
+	if (m->signo != SIGSTOP && m->signo != SIGTSTP)
+		signal_inside(m->target, SIGCONT);
 }
 
 /* A received descriptor takes its place among ours: closed as such, when it is not there already. */
