@@ -1,4 +1,4 @@
-"""Completion in the shells themselves, with a supervisor there and without."""
+"""What is made from the table of verbs: completion, tried in the shells themselves, and the manual pages."""
 
 from __future__ import annotations
 
@@ -112,3 +112,21 @@ def test_every_command_verb_and_option_is_in_it(shell: str) -> None:
     options += [option for found in OPTIONS.values() for option in found]
     for word in [*COMMANDS, *VERBS, *(name.lstrip("-") for option in options for name in option.names)]:
         assert word in script
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs" / "man").glob("*"))
+
+
+def test_the_manual_pages_are_up_to_date() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "manual.py"), "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0, "run scripts/manual.py"
+    assert [page.name for page in PAGES] == ["nssup-ctl.1", "nssup.1", "nssup.toml.5"]
+
+
+@needs("mandoc")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
+def test_mandoc_finds_no_fault(page: Path) -> None:
+    done = subprocess.run(["mandoc", "-Tlint", str(page)], capture_output=True, text=True, check=False, timeout=20)
+    # Ours refer to each other, and are not installed here.
+    assert [line for line in done.stdout.splitlines() if "referenced manual not found: Xr nssup" not in line] == []
