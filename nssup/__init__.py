@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from nssup.pools import Events, EventsLost, Logs, Pool, PoolFailed, Supervisor, Worker
     from nssup.process import Process, Result, RunFailed, RunTimeout, launch, run
     from nssup.spec import PoolSpec
+    from nssup.tasks import BadAnswer, TaskDied, Tasks, TasksClosed, TaskTimeout
 
 _HOMES = {
     "AsyncExecutor": "executor",
+    "BadAnswer": "tasks",
     "Call": "crew",
     "CallTimeout": "crew",
     "ControlError": "errors",
@@ -43,6 +45,10 @@ _HOMES = {
     "SpecError": "errors",
     "State": "events",
     "Supervisor": "pools",
+    "TaskDied": "tasks",
+    "TaskTimeout": "tasks",
+    "Tasks": "tasks",
+    "TasksClosed": "tasks",
     "Worker": "pools",
     "WorkerDied": "crew",
     "launch": "process",
@@ -51,6 +57,7 @@ _HOMES = {
 
 __all__ = [
     "AsyncExecutor",
+    "BadAnswer",
     "Call",
     "CallTimeout",
     "ControlError",
@@ -76,6 +83,10 @@ __all__ = [
     "SpecError",
     "State",
     "Supervisor",
+    "TaskDied",
+    "TaskTimeout",
+    "Tasks",
+    "TasksClosed",
     "Worker",
     "WorkerDied",
     "__version__",

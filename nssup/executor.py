@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, Unpack
 
 from nssup.crew import Call, Crew, Setting
+from nssup.hub import insist
 from nssup.process import SpecKeys
 from nssup.units import size
 
@@ -222,23 +223,10 @@ class AsyncExecutor:
         loop, over = asyncio.get_running_loop(), asyncio.Event()
         self._executor.crew.close(cancel_futures)
         self._executor.crew.when_over(lambda: loop.call_soon_threadsafe(over.set))
-        await _insist(over, self._executor.crew.kill)
+        await insist(over, self._executor.crew.kill)
 
 
 async def _done(call: Call[Any]) -> None:
     loop, done = asyncio.get_running_loop(), asyncio.Event()
     call.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
-    await _insist(done, call.cancel)
-
-
-async def _insist(done: asyncio.Event, end: Callable[[], object]) -> None:
-    """Until it is done. Cancelled, it ends it, and goes on waiting; then it raises CancelledError."""
-    cancelled: asyncio.CancelledError | None = None
-    while not done.is_set():
-        try:
-            await done.wait()
-        except asyncio.CancelledError as error:
-            end()
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
+    await insist(done, call.cancel)

@@ -46,6 +46,19 @@ def hub() -> "Hub":
     return found
 
 
+async def insist(done: asyncio.Event, end: Callable[[], object]) -> None:
+    """Until it is done. Cancelled, it calls end, and goes on waiting; then it raises CancelledError."""
+    cancelled: asyncio.CancelledError | None = None
+    while not done.is_set():
+        try:
+            await done.wait()
+        except asyncio.CancelledError as error:
+            end()
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+
+
 def _in_forked_child() -> None:
     for inherited in tuple(_hubs.values()):
         inherited.abandon()

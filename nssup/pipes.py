@@ -8,7 +8,7 @@ import asyncio
 import os
 import select
 from collections import deque
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from nssup.watch import Watch
 
@@ -16,7 +16,10 @@ CHUNK = 64 * 1024  # what a pipe holds, unless its program made it larger
 LARGEST_PIPE = 1 << 20  # fs.pipe-max-size, which only root may go beyond
 
 
-class _Sink(Protocol):
+@runtime_checkable
+class Sink(Protocol):
+    """Where a ReadEnd puts what it reads."""
+
     def take(self, data: bytes) -> None: ...
     def end(self) -> None: ...
 
@@ -77,7 +80,7 @@ class Stream:
 class ReadEnd:
     """Our end of the program's stdout or stderr. Owns fd, which must be non-blocking."""
 
-    def __init__(self, watch: Watch, fd: int, sink: _Sink) -> None:
+    def __init__(self, watch: Watch, fd: int, sink: Sink) -> None:
         self._watch = watch
         self._fd = fd
         self._sink = sink

@@ -23,7 +23,7 @@ from nssup.errors import LaunchError, NssupError, Problem, SpecError
 from nssup.events import Exit
 from nssup.facts import Host
 from nssup.hub import Hub, Life, hub
-from nssup.pipes import Capture, ReadEnd, Stream, Writer
+from nssup.pipes import Capture, ReadEnd, Sink, Stream, Writer
 from nssup.record import DEFAULT_PATH, Plan, candidates
 from nssup.spec import PoolSpec, validate
 from nssup.units import size
@@ -312,15 +312,15 @@ def begin(
     own: Hub,
     plan: Plan,
     stdin: Literal["pipe"] | Stdio,
-    stdout: Stream | Capture | Stdio,
-    stderr: Stream | Capture | Literal["stdout"] | Stdio,
+    stdout: Sink | Stdio,
+    stderr: Sink | Literal["stdout"] | Stdio,
 ) -> Life:
     """Launches, with these at the other ends. Raises LaunchError; then nothing is left behind."""
     with _ends(None if plan.identity is None else plan.identity.uid) as ends:
-        taken: list[tuple[int, Stream | Capture]] = []
+        taken: list[tuple[int, Sink]] = []
 
-        def output(where: Stream | Capture | Stdio, number: int) -> int:
-            if not isinstance(where, Stream | Capture):
+        def output(where: Sink | Stdio, number: int) -> int:
+            if not isinstance(where, Sink):
                 return ends.given(where, number)
             ours, theirs = ends.output()
             taken.append((ours, where))
