@@ -43,7 +43,8 @@ class ExitDocument(TypedDict):
 
 
 class WorkerDocument(TypedDict):
-    """One worker in `status`."""
+    """One worker in `status`. status_text: what it said of itself by sd_notify's STATUS=. probes: how the last try of
+    each went: why it failed, "" when it did not."""
 
     id: str
     pool: str
@@ -69,6 +70,8 @@ class WorkerDocument(TypedDict):
     cpu_seconds: float | None
     memory_bytes: int | None
     log_dropped_bytes: int
+    status_text: str | None
+    probes: dict[str, str]
     last_exit: ExitDocument | None
 
 

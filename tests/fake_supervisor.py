@@ -144,6 +144,12 @@ class Supervisor:
     def is_adopted(self, worker_id: str) -> bool:
         return False
 
+    def status_text(self, worker_id: str) -> str | None:
+        return None
+
+    def probes(self, worker_id: str) -> dict[str, str]:
+        return {}
+
     def namespaces(self, worker_id: str) -> dict[str, int]:
         return {"pid": 4026532201, "mount": 4026532200}
 

@@ -165,7 +165,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 STATUS_KEYS = {
     "id", "pool", "index", "state", "reason", "ready", "desired", "enabled", "paused", "draining", "adopted",
     "host_pid", "ns_pid", "init_host_pid", "namespaces", "generation", "restarts", "started_at", "uptime_seconds",
-    "next_at", "spec_hash", "cpu_seconds", "memory_bytes", "log_dropped_bytes", "last_exit",
+    "next_at", "spec_hash", "cpu_seconds", "memory_bytes", "log_dropped_bytes", "status_text", "probes", "last_exit",
 }  # fmt: skip
 
 
@@ -195,6 +195,7 @@ async def test_status_is_the_promised_document(site: Site) -> None:
         "host_pid": 5005, "ns_pid": 2, "init_host_pid": 5004, "namespaces": {"pid": 4026532201, "mount": 4026532200},
         "generation": 1, "restarts": 0, "started_at": "2027-01-15T08:01:40.000000Z", "uptime_seconds": 12.5,
         "next_at": None, "cpu_seconds": 0.125, "memory_bytes": 3 << 20, "log_dropped_bytes": 0, "last_exit": None,
+        "status_text": None, "probes": {},
     }  # fmt: skip
 
 
