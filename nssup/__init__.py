@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nssup.lines import Record
     from nssup.pools import Events, EventsLost, Logs, Pool, PoolFailed, Supervisor, Worker
     from nssup.process import Process, Result, RunFailed, RunTimeout, launch, run
-    from nssup.spec import PoolSpec
+    from nssup.spec import PoolSpec, SocketSpec
     from nssup.tasks import BadAnswer, TaskDied, Tasks, TasksClosed, TaskTimeout
 
 _HOMES = {
@@ -42,6 +42,7 @@ _HOMES = {
     "Result": "process",
     "RunFailed": "process",
     "RunTimeout": "process",
+    "SocketSpec": "spec",
     "SpecError": "errors",
     "State": "events",
     "Supervisor": "pools",
@@ -80,6 +81,7 @@ __all__ = [
     "Result",
     "RunFailed",
     "RunTimeout",
+    "SocketSpec",
     "SpecError",
     "State",
     "Supervisor",

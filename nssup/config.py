@@ -417,6 +417,10 @@ class _Origins(Mapping[Path, str]):
         for path in document.paths(self._main.table.get("supervisor", {}), ("supervisor",)):
             file, line, _ = self._main.place(path)
             yield path, f"{file}:{line}"
+        for socket in self._reading.sockets.values():
+            for path in document.paths(socket.own):
+                file, line, _ = socket.place(path)
+                yield ("socket", socket.name, *path), f"{file}:{line}"
         for pool in self._reading.pools.values():
             for path in ((), *document.paths(pool.table), *pool.elsewhere):
                 file, line, _ = pool.place(path)

@@ -14,7 +14,7 @@ from nssup import keys
 from nssup.keys import Key
 from nssup.locate import Path, dotted
 from nssup.plan import OWN_VARIABLES
-from nssup.spec import PoolSpec
+from nssup.spec import PoolSpec, SocketSpec
 from nssup.units import SECONDS
 
 DEFAULT = "default"
@@ -66,8 +66,17 @@ def settings(spec: PoolSpec, origins: Origins, configured_workers: int | None = 
             where = f"scale (the config says {configured_workers}: {where})"
         if path[0] == "env":
             value = masked(str(path[1]), value)
+        if path == ("sockets",):
+            value = [each.name for each in spec.sockets]
         found.append(Setting(dotted(path), value, literal(path, value), where))
-    return found
+    return found + [setting for each in spec.sockets for setting in _socket_settings(each, origins)]
+
+
+def _socket_settings(spec: SocketSpec, origins: Origins) -> Iterator[Setting]:
+    for name, value in msgspec.to_builtins(spec).items():
+        if name in keys.SOCKET and value is not None:
+            path = ("socket", spec.name, name)
+            yield Setting(dotted(path), value, literal((name,), value), origins.get(path, DEFAULT))
 
 
 def _leaves(table: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -103,8 +112,8 @@ def literal(path: Path, value: object) -> str:
     if path[:2] == ("limits", "rlimits") and isinstance(value, list | tuple):
         soft, hard = ('"unlimited"' if each is None else str(each) for each in value)
         return soft if soft == hard else f"{{ soft = {soft}, hard = {hard} }}"
-    if path == ("umask",):
-        return f'"{value:03o}"'
+    if path in (("umask",), ("mode",)):
+        return f'"{value:03o}"' if path == ("umask",) else f'"{value:04o}"'
     if isinstance(value, int | float) and not isinstance(value, bool) and path[-1] in _DURATIONS:
         return f'"{seconds(value)}"'
     return _toml(path, value)

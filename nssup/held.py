@@ -103,12 +103,15 @@ class Sockets:
     def _add(
         self, wanted: Wanted, sock: socket.socket, new: list[Key], *, others: bool = True, made: bool = True
     ) -> None:
+        if others and made and sock.type == socket.SOCK_STREAM:
+            sock.listen(wanted.spec.backlog)  # it may be another one now
         self._held[wanted.key] = _Held(wanted, sock, made, others)
         new.append(wanted.key)
 
     def _take_spare(self, wanted: Wanted, new: list[Key]) -> None:
         for spare in [spare for spare in self._spares if spare.may_be(wanted)]:
-            sock = _taken(spare.fd, wanted, spare.any_address)
+            anywhere = spare.any_address or spare.listen is not None  # what it is, is known without its address
+            sock = _taken(spare.fd, wanted, anywhere=anywhere)
             if sock is not None:
                 self._spares.remove(spare)
                 self._add(wanted, sock, new, made=spare.made)
@@ -118,7 +121,7 @@ class Sockets:
         still = {each.key: each for each in missing}
         for worker, fd in kept:
             for key, each in still.items():
-                sock = _taken(fd, each, False) if key.worker in ("", worker) else None
+                sock = _taken(fd, each) if key.worker in ("", worker) else None
                 if sock is not None:
                     self._add(each, sock, new)
                     del still[key]
@@ -197,16 +200,14 @@ def bound_address(sock: socket.socket) -> Address | None:
     return Address("tcp" if sock.type == socket.SOCK_STREAM else "udp", *name[:2])
 
 
-def _taken(fd: int, wanted: Wanted, any_address: bool) -> socket.socket | None:
+def _taken(fd: int, wanted: Wanted, *, anywhere: bool = False) -> socket.socket | None:
     """The socket in fd, ours from here on, if it is what is wanted; else None, and fd is as before."""
     try:
         sock = socket.socket(fileno=fd)
     except OSError:
         return None
     try:
-        if _listens(sock) and (any_address or _fits(sock, wanted.address)):
-            if sock.type == socket.SOCK_STREAM and not any_address:
-                sock.listen(wanted.spec.backlog)  # it may be another one now
+        if _listens(sock) and (anywhere or _fits(sock, wanted.address)):
             return sock
     except OSError:
         pass

@@ -458,15 +458,17 @@ class Supervisor:
         """Add a pool and start its workers if it is enabled.
 
         Those that a dead supervisor left are taken over as they are. Raises SpecError (the spec is wrong, unknown
-        user), ControlError (there is a pool of this name, its log cannot be opened).
+        user), ControlError (there is a pool of this name, its log cannot be opened, a socket is not to be had).
         """
         self._prepare(spec)
+        desired = spec
         try:
-            desired = self._open_sockets(spec)
-        except ControlError:
             if spec.name not in self.workers.pools:
-                del self._prepared[spec.name]
-                self.logs.close_pool(spec.name)
+                desired = self._open_sockets(spec)
+        except ControlError:
+            del self._prepared[spec.name]
+            self._probing.discard(spec.name)
+            self.logs.close_pool(spec.name)
             raise
         self._configured.setdefault(spec.name, spec)
         claims = self._claims.pop(spec.name, [])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_config import Host, parse, wrong
 
-from nssup import address, sockets
+from nssup import address, effective, sockets
 from nssup.address import Address
 from nssup.config import warning_lines
 from nssup.sockets import Key
@@ -133,6 +133,19 @@ def test_each_address_is_a_descriptor_in_the_order_of_the_list() -> None:
     without = PoolSpec(name="web", command=("x",), sockets=(both, HTTP), init=False)
     assert sockets.environment(without) == {**told, "LISTEN_PID": "1"}
     assert sockets.environment(PoolSpec(name="web", command=("x",))) == {}
+
+
+def test_what_show_says_of_them() -> None:
+    text = config('listen = "unix:///run/x"\nmode = "0600"')
+    made = parse(text)
+    found = {each.key: (each.text, each.origin) for each in effective.settings(made.pools["web"], made.origins)}
+    assert found["sockets"] == ('["http"]', "n.toml:7")
+    assert {key: said for key, said in found.items() if key.startswith("socket.")} == {
+        "socket.http.listen": ('["unix:///run/x"]', "n.toml:3"),
+        "socket.http.mode": ('"0600"', "n.toml:4"),
+        "socket.http.backlog": ("4096", "default"),
+        "socket.http.reuse_port": ("false", "default"),
+    }
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------

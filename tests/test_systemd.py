@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from live import PATIENCE, Up, needs_namespaces
+from live import PATIENCE, Up, needs_namespaces, opened, wait_readable
 
 from nssup import systemd, wire
 
@@ -292,6 +292,69 @@ def test_a_socket_that_is_of_no_use_is_replaced(listening: Manager, tmp_path: Pa
             assert listening.wait("FDSTOREREMOVE").lines["FDNAME"] == "nssup-control"
             assert stat.S_ISSOCK(os.fstat(stored(listening)).st_mode)
             assert up.ctl("ping").code == 0
+
+
+SERVED = """
+[socket.http]
+listen = "tcp://127.0.0.1:0"
+[pool.web]
+command = ["sleep", "1000"]
+sockets = ["http"]
+"""
+
+
+def bound(up: Up) -> list[str]:
+    return [each["address"] for each in up.api("GET", "/v1/pools/web")[1]["sockets"]]
+
+
+@needs_namespaces
+def test_a_socket_that_it_made_is_used(listening: Manager, tmp_path: Path) -> None:
+    """By its name, wherever it listens; it is not put into its store, and its file is not ours to remove."""
+    path = tmp_path / "http"
+    with socket.socket(socket.AF_UNIX) as made, socket.create_server(("127.0.0.1", 0)) as other:
+        made.bind(str(path))
+        made.listen()
+        fds = [other.fileno(), made.fileno()]
+        env = {"NOTIFY_SOCKET": listening.address, "FDSTORE": "16"}
+        with Up(tmp_path, SERVED, env=env, prefix=given(fds, "nobody:http"), pass_fds=fds) as up:
+            assert bound(up) == [f"unix://{path}"]
+            (worker,) = up.wait_running("web/0")
+            inode = os.fstat(made.fileno()).st_ino
+            assert os.readlink(f"/proc/{worker['host_pid']}/fd/3") == f"socket:[{inode}]"
+            links = [os.readlink(fd) for fd in Path(f"/proc/{up.host_pid}/fd").iterdir()]
+            assert f"socket:[{os.fstat(other.fileno()).st_ino}]" not in links  # nobody wants it
+            assert up.ctl("reexec").code == 0
+            assert bound(up) == [f"unix://{path}"]
+            assert up.end() == 0
+        listening.wait("STOPPING")
+        assert path.exists()
+    assert [told.lines["FDNAME"] for told in listening.told if "FDSTORE" in told.lines] == ["nssup-control"]
+
+
+@needs_namespaces
+def test_workers_sockets_are_kept_over_a_kill_of_everybody(listening: Manager, tmp_path: Path) -> None:
+    """Nobody has it but the service manager; who connects waits."""
+    env = {"NOTIFY_SOCKET": listening.address, "FDSTORE": "16"}
+    with Up(tmp_path, SERVED, env=env) as up:
+        up.leaves = True
+        (address,) = bound(up)
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        (init,) = [worker["init_host_pid"] for worker in up.wait_running("web/0")]
+        control = stored(listening)
+        told = listening.wait("FDSTORE", "1")
+        assert told.lines["FDNAME"] == "nssup-socket.http"
+        fds = [control, *told.fds]
+        with opened(init) as pidfd:
+            up.process.kill()
+            up.wait_end()
+            wait_readable(pidfd, "its workers die with it")
+        with socket.create_connection((host, int(port)), PATIENCE):
+            names = "nssup-control:nssup-socket.http"
+            with Up(tmp_path, SERVED, env=env, prefix=given(fds, names), pass_fds=fds) as after:
+                assert bound(after) == [address]
+                assert after.end() == 0
+                while listening.wait("FDSTOREREMOVE", "1").lines["FDNAME"] != "nssup-socket.http":
+                    pass
 
 
 # --- the words --------------------------------------------------------------------------------------------------------
