@@ -258,7 +258,7 @@ def _found(worker: Worker, slot: Slot) -> Worker:
         exit=None,
         deadline=None,
     )
-    if worker.want_up:
+    if worker.want_up and not worker.condemned:
         return worker
     return replace(worker, state=State.STOPPING, stop_step=worker.stop_step or 0, deadline=0.0)
 

@@ -43,13 +43,14 @@ class Deaths(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """why: in a sentence. waits_for: in another, None when for nothing. until: when that wait ends by itself. deaths:
-    None where they are not counted."""
+    """why: in a sentence. waits_for: in another, None when for nothing. until: when that wait ends by itself. missing:
+    what it requires and is not so, in WAITING. deaths: None where they are not counted."""
 
     worker: Worker
     why: str
     waits_for: str | None
     until: float | None
+    missing: tuple[Unmet, ...]
     schedule: Schedule
     deaths: Deaths | None
 
@@ -59,14 +60,16 @@ def explain(
 ) -> Explanation:
     """count: how many attempts to tell at most. lacks: what its pool requires and is not there. Never raises."""
     why, waits_for = _WHY[worker.state](worker, spec)
-    if worker.state is State.WAITING and lacks:
-        waits_for = "; ".join(map(_lack, lacks))
+    missing = tuple(lacks) if worker.state is State.WAITING else ()
+    if missing:
+        waits_for = "; ".join(map(_lack, missing))
     intensity = spec.restart.intensity
     deaths = None
     if intensity is not None:
         there = len(restart.counted(intensity, worker.history.deaths, now))
         deaths = Deaths(there, intensity.deaths, intensity.within, intensity.then)
-    return Explanation(worker, why, waits_for, worker.deadline, schedule(worker, spec, now, seed, count), deaths)
+    plan = schedule(worker, spec, now, seed, count)
+    return Explanation(worker, why, waits_for, worker.deadline, missing, plan, deaths)
 
 
 # --- the schedule --------------------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def _stopping(w: Worker, spec: PoolSpec) -> _Said:
     if w.held:
         return why, "those to be down that require its pool, before its stop sequence begins"
     if w.stop_step is None:
-        return why, "its turn to be stopped"
+        return why, "an init that can be killed"
     return why, f"its program to end: step {w.stop_step + 1} of {len(spec.stop)} of its stop sequence"
 
 
@@ -241,6 +244,15 @@ class AttemptDocument(TypedDict):
     wait_seconds: float
 
 
+class MissingDocument(TypedDict):
+    """What a pool has to be, and so many of its workers are, of how many."""
+
+    pool: str
+    when: str
+    so: int
+    wanted: int
+
+
 class DeathsDocument(TypedDict):
     count: int
     most: int
@@ -260,6 +272,7 @@ class ExplanationDocument(TypedDict):
     why: str
     waits_for: str | None
     until: str | None
+    missing: list[MissingDocument]
     next_at: str | None
     attempts: list[AttemptDocument]
     after_attempts: str | None
@@ -282,6 +295,7 @@ def document(
         "why": found.why,
         "waits_for": found.waits_for,
         "until": None if found.until is None else stamp(found.until),
+        "missing": [{"pool": m.needed, "when": m.when, "so": m.so, "wanted": m.wanted} for m in found.missing],
         "next_at": stamp(plan.attempts[0].at) if w.state is State.BACKOFF and plan.attempts else None,
         "attempts": [{"at": stamp(each.at), "wait_seconds": round(each.wait, 6)} for each in plan.attempts],
         "after_attempts": plan.then or None,

@@ -478,7 +478,8 @@ RULE = {
     "then": Key(
         one_of("restart-now", "backoff", "stop", "fail"),
         "",
-        "**Required.** The next life, at once, or after a `backoff` wait; or none: it is `stopped`, or has `failed`.",
+        "**Required.** The next life, at once (if they do not settle, ten times in a row), or after a `backoff` "
+        "wait; or none: it is `stopped`, or has `failed`.",
     ),
 }
 

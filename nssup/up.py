@@ -117,7 +117,8 @@ class _Verdict:
         self._supervisor.shutdown()
 
     def note(self, event: Event) -> None:
-        if event.worker is not None and event.event in ("failed", "finished"):
+        halted = event.event == "stopped" and event.exit is not None and event.reason == event.exit.reason  # by a rule
+        if event.worker is not None and (halted or event.event in ("failed", "finished")):
             self._ended(event.worker, event.event == "failed", event.reason, event.exit)
         elif event.worker is not None and event.event in ("launched", "blocked"):
             self.failed.pop(event.worker, None)
@@ -126,9 +127,14 @@ class _Verdict:
 
     def take_stock(self) -> None:
         """Those that had ended before a supervisor took them over."""
-        for worker in self._supervisor.workers.workers.values():
+        workers = self._supervisor.workers
+        for worker in workers.workers.values():
             if worker.state in (State.FAILED, State.DONE):
                 self._ended(worker.id, worker.state is State.FAILED, worker.reason, worker.last_exit)
+            intensity = workers.pools[worker.pool].restart.intensity
+            if worker.reason == TOO_MANY and intensity is not None and intensity.then == "shutdown":
+                self.failed[worker.id] = TOO_MANY
+                self._supervisor.shutdown()
 
     def _ended(self, worker_id: str, failed: bool, reason: str | None, ended: Exit | None) -> None:
         if failed:

@@ -41,6 +41,7 @@ end before it: `relaunched` then carries `exit`, and the ended life's numbers in
 """
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
@@ -184,6 +185,7 @@ class WorkerSet:
         # Generations of workers that were removed: the numbers of one id never repeat, not even in a new pool.
         self._numbers: dict[str, int] = {}
         self._lives: dict[str, deque[history.Past]] = {}
+        self._failing: list[Worker] = []  # whose pools are to fail with them, once their own step is told
 
     # --- pools -----------------------------------------------------------------------------------------------------
 
@@ -207,9 +209,21 @@ class WorkerSet:
         self._state[spec.name] = _Pool(spec.enabled)
         self.dependencies.add(spec)
         self._say(now, "pool_added", pool=spec.name, detail={"workers": spec.workers})
+        restored = list(restored)
         for number, worker in enumerate(restored):
             self._restore(worker, now, first=number == 0)
-        return self._shrink(spec.name, now) + self._grow(spec.name, now) + self._settle(now)
+        actions = self._shrink(spec.name, now) + self._go_on_failing(spec, restored, now)
+        return actions + self._grow(spec.name, now) + self._settle(now)
+
+    def _go_on_failing(self, spec: PoolSpec, restored: Iterable[Worker], now: float) -> Actions:
+        """The pool failed as one, and the supervisor died before all of it was noted: so do those that were not started
+        since."""
+        if spec.restart.intensity is None or spec.restart.intensity.then != "fail-pool":
+            return []
+        failed = [w for w in restored if w.reason == TOO_MANY and State.FAILED in (w.state, w.outcome)]
+        since = max((w.last_life.ended for w in failed if w.last_life), default=-math.inf)
+        late = [w.id for w in restored if w.want_up and w not in failed and (w.launched_at or 0.0) < since]
+        return [action for worker_id in late for action in self._step(worker_id, Fail(), now)]
 
     def _restore(self, worker: Worker, now: float, first: bool) -> None:
         pool = self._state[worker.pool]
@@ -406,8 +420,12 @@ class WorkerSet:
         old = self.workers[worker_id]
         taken = self._take(old, event, now)
         if taken.new is not old and self.dependencies.is_required(old.pool):
-            return self._keep_all(self._with_losses(taken, now), now)
-        return self._keep(taken, now)
+            actions = self._keep_all(self._with_losses(taken, now), now)
+        else:
+            actions = self._keep(taken, now)
+        while self._failing:
+            actions += self._fail_pool(self._failing.pop(), now)
+        return actions
 
     def _take(self, old: Worker, event: Input, now: float) -> _Taken:
         spec, pools = self.pools[old.pool], self.dependencies
@@ -464,7 +482,8 @@ class WorkerSet:
             self._drop_if_empty(new.pool, now)
             actions = actions if gone else actions[:-1]
         elif isinstance(actions[-1], FailPool):
-            return [(old.id, action) for action in actions[:-1]] + self._fail_pool(new, now)
+            self._failing.append(new)
+            actions = actions[:-1]
         return [(old.id, action) for action in actions]
 
     def _settle(self, now: float) -> Actions:

@@ -15,7 +15,7 @@ from nssup.explain import explain
 from nssup.machine import Span, Worker
 from nssup.sim import Fate, Simulation
 from nssup.snapshot import exit_document
-from nssup.spec import Backoff, Intensity, PoolSpec, Probe, RestartPolicy, Rule
+from nssup.spec import Backoff, Intensity, PoolSpec, Probe, Requirement, RestartPolicy, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -203,7 +203,9 @@ def test_states_that_the_fake_world_does_not_know() -> None:
     lost = Worker(pool="web", index=0, state=State.LOST, reason="lost:EPERM", want_up=True, generation=4)
     assert "cannot be proven its own (lost:EPERM)" in told_of(lost)[0]
     waiting = Worker(pool="web", index=0, state=State.WAITING, reason="dependency:db", want_up=True)
-    assert told_of(waiting) == ("it is to be up, and something it requires is not there", "pool db")
+    assert told_of(waiting)[0] == "it is to be up, and what its pool requires is not there"
+    lost = replace(waiting, state=State.STOPPED, want_up=False)
+    assert told_of(lost)[0] == "pool db, which it requires, was lost"
     up = Worker(pool="web", index=0, state=State.STARTING, want_up=True, alive=True, generation=2, reason="exit:3")
     up = replace(up, running_since=99.0, deadline=150.0)
     why, waits_for = told_of(up, ready=Probe(notify="sd"))
@@ -224,6 +226,7 @@ def test_the_document_says_the_same_for_scripts() -> None:
         "why": "its last life ended (exit:3), and it is to be launched again",
         "waits_for": "the backoff to be over",
         "until": "@0.100",
+        "missing": [],
         "next_at": "@0.100",
         "attempts": [{"at": "@0.100", "wait_seconds": 0.1}],
         "after_attempts": "failed",
@@ -231,6 +234,23 @@ def test_the_document_says_the_same_for_scripts() -> None:
         "deaths": {"count": 1, "most": 2, "within_seconds": 60.0, "then": "fail"},
         "last_exit": exit_document(replace(CODE_3, at=1.0)),
     }
+
+
+def test_what_requires_others_tells_what_is_missing_and_whom_it_waits_for() -> None:
+    told: list[Event] = []
+    sim = Simulation(lambda worker_id, _: SLOW if worker_id == "db/1" else DEAF, seed="seed", observe=told.append)
+    sim.add_pool(PoolSpec(name="db", command=("app",), workers=2))
+    sim.add_pool(PoolSpec(name="web", command=("app",), requires={"db": Requirement()}))
+    sim.run(1.0)
+    waiting = sim.workers.explain("web/0", 1.0, 3)
+    assert waiting.waits_for == "pool db to be ready: 1 of its 2 workers are"
+    assert waiting.schedule == ((), "")
+    found = explaining.document(waiting, sim.workers.pools["web"], str, None)
+    assert found["missing"] == [{"pool": "db", "when": "ready", "so": 1, "wanted": 2}]
+    sim.run(200.0)
+    for each in ("web/0", "db/0"):
+        sim.feed(each, Stop())
+    assert "those to be down that require its pool" in str(sim.workers.explain("db/0", 200.0, 3).waits_for)
 
 
 # --- the lives before -------------------------------------------------------------------------------------------------
