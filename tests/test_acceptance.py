@@ -188,6 +188,7 @@ def test_kill_from_outside(tmp_path: Path) -> None:
             "max_rss_bytes": 0,
         }
         assert [record["worker"] for record in up.tail("web") if record["msg"] == "got USR1"] == ["web/1"]
+        up.wait_record("web", lambda record: (record["worker"], record["generation"]) == ("web/2", 2))
         assert [r["generation"] for r in up.tail("web") if r["worker"] == "web/2"] == [1, 2]
 
 
