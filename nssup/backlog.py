@@ -15,9 +15,11 @@ from pathlib import Path
 import msgspec
 
 from nssup.events import Event
+from nssup.logfile import FILE_MODE
+from nssup.snapshot import event_document
 
 VERSION = 1
-SIZE = 512 * 1024
+SIZE = 1024 * 1024
 _HEAD = struct.Struct("=8sI4x16s")
 _MAGIC = b"NSSEVENT"
 _LENGTH_WORD = 8  # bytes that count, behind _FIRST
@@ -47,6 +49,7 @@ class Backlog:
             self._words[_LENGTH_WORD] = 0
             self._map[: len(head)] = head
         self.left, self._at = self._read()
+        self._overflows = False
 
     def close(self) -> None:
         self._words.release()
@@ -66,12 +69,27 @@ class Backlog:
                 at = start + size
         return found, at
 
+    def hand_over(self, log: Path) -> None:
+        """What was left is appended to the log, which nobody has open, as far as it is not in there; and forgotten.
+
+        Raises OSError; then it stays.
+        """
+        if self.left:
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+            fd = os.open(log, flags, FILE_MODE)
+            try:
+                _append(fd, self.left)
+            finally:
+                os.close(fd)
+        self.clear()
+
     def add(self, event: Event) -> None:
-        """The event is published. What has no room is told by this process or not at all."""
+        """The event is published. One that has no room, and those behind it, are told by this process or not at all."""
         data = _encode(event)
         at, start = self._at, self._at + _FRAME.size
         end = start + len(data)
-        if end > SIZE:
+        if end > SIZE or self._overflows:
+            self._overflows = True
             return
         _FRAME.pack_into(self._map, at, len(data))
         self._map[start:end] = data
@@ -85,44 +103,47 @@ class Backlog:
 
     def clear(self) -> None:
         """All of it is in the log."""
+        self._overflows = False
         if self.holds:
             self._words[_LENGTH_WORD] = 0
             self._at = _FIRST
 
 
-def missing(events: Iterable[Event], log: Path) -> list[Event]:
-    """Those that are not in the log, which nobody has open. A line that a kill tore is cut off it: it is among them.
-
-    Raises OSError.
-    """
-    events = list(events)
-    if not events:
-        return []
-    try:
-        fd = os.open(log, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
-    except FileNotFoundError:
-        return events
-    try:
-        size = os.fstat(fd).st_size
-        end = os.pread(fd, _END, max(size - _END, 0))
-        torn = len(end) - (end.rfind(b"\n") + 1)
-        if 0 < torn < len(end):
-            os.truncate(fd, size - torn)
-        last = _last(end[: len(end) - torn])
-    finally:
-        os.close(fd)
-    return [event for event in events if (event.epoch, event.seq) > last]
+class _Record(msgspec.Struct):
+    ts: str
+    epoch: int = 0
+    seq: int = 0
 
 
-class _Name(msgspec.Struct):
-    epoch: int
-    seq: int
+def _last(records: bytes) -> tuple[tuple[int, int], str]:
+    """(what names the last event of a log, the `ts` of its last record)."""
+    lines = records.splitlines()
+    last_ts = ""
+    for line in reversed(lines):
+        with contextlib.suppress(msgspec.MsgspecError, ValueError):
+            found = msgspec.json.decode(line, type=_Record)
+            last_ts = last_ts or found.ts
+            if found.seq:
+                return (found.epoch, found.seq), last_ts
+    return (0, 0), last_ts
 
 
-def _last(records: bytes) -> tuple[int, int]:
-    """What names the last event of a log."""
-    for line in reversed(records.splitlines()):
-        with contextlib.suppress(msgspec.MsgspecError):
-            name = msgspec.json.decode(line, type=_Name)
-            return name.epoch, name.seq
-    return 0, 0
+def _append(fd: int, events: Iterable[Event]) -> None:
+    """Those that are not in the log yet, behind its last whole line: what a kill tore is among them. Raises OSError."""
+    size = os.fstat(fd).st_size
+    end = os.pread(fd, _END, max(size - _END, 0))
+    torn = len(end) - (end.rfind(b"\n") + 1)
+    if 0 < torn < len(end):
+        os.truncate(fd, size - torn)
+    name, last_ts = _last(end[: len(end) - torn])
+    lines = []
+    for event in events:
+        if (event.epoch, event.seq) > name:
+            document = event_document(event)
+            document["ts"] = last_ts = max(document["ts"], last_ts)
+            lines.append(msgspec.json.encode(document) + b"\n")
+    if lines and torn == len(end) > 0:  # no line of it is whole
+        lines.insert(0, b"\n")
+    view = memoryview(b"".join(lines))
+    while view:
+        view = view[os.write(fd, view) :]

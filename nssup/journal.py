@@ -11,7 +11,7 @@ import queue
 import select
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
@@ -53,11 +53,9 @@ class Journal:
         stderr_fd: int = 2,
         busy: Callable[[], bool] = lambda: False,
         backlog: Backlog | None = None,
-        left: Iterable[Event] = (),
     ) -> None:
         """stderr_fd: what is written to as stderr; not taken over. busy: whether there are workers to launch. backlog:
-        where events wait that are not written yet, not taken over. left: those that a supervisor before us published
-        and did not write.
+        where events wait that are not written yet, not taken over.
 
         Raises OSError where the log cannot be opened, or no thread be had for stderr.
         """
@@ -75,7 +73,6 @@ class Journal:
             self._output.last_ts = hub.last_ts(OWN_LOG)
         self._wanted = hub.has_files or stderr != "none"
         self._backlog = backlog
-        self._output.restore(left)
 
     def record(self, event: Event) -> None:
         if not self._wanted:
@@ -167,15 +164,6 @@ class _Output:
             self._stderr_lines.append(line)
         elif self._mode == "text":
             self._stderr_lines.append(text_line(document, self._color).encode())
-
-    def restore(self, events: Iterable[Event]) -> None:
-        """To the file alone: whoever read stderr then has read it, or reads no more."""
-        for event in events:
-            document = event_document(event)
-            document["ts"] = self.last_ts = max(document["ts"], self.last_ts)
-            self._file_lines.append(msgspec.json.encode(document) + b"\n")
-        if self._file_lines:
-            self.flush()
 
     def flush(self) -> None:
         if self._hub.has_files:

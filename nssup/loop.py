@@ -37,7 +37,7 @@ from nssup import (
     sockets,
     wire,
 )
-from nssup.backlog import Backlog, missing
+from nssup.backlog import Backlog
 from nssup.custody import Claim, Custody, Directories, Orphan, no_room, refused
 from nssup.dependencies import problems as problems_between
 from nssup.desired import Desired
@@ -656,10 +656,11 @@ class Supervisor:
             raise refused(error, "use", path) from None
 
     def _open_journal(self) -> Journal:
-        backlog, spec = self._backlog, self.spec
+        if self._backlog and self.spec:
+            with contextlib.suppress(OSError):  # they stay, for whoever can open it
+                self._backlog.hand_over(Path(self.spec.log_dir, f"{OWN_LOG}.jsonl"))
         try:
-            left = missing(backlog.left, Path(spec.log_dir, f"{OWN_LOG}.jsonl")) if backlog and spec else []
-            return Journal(self.logs, self._stderr, busy=lambda: bool(self._launches), backlog=backlog, left=left)
+            return Journal(self.logs, self._stderr, busy=lambda: bool(self._launches), backlog=self._backlog)
         except OSError as error:
             raise refused(error, "open") from None
 

@@ -6,10 +6,11 @@ import os
 import struct
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from nssup import backlog
-from nssup.backlog import Backlog, missing
+from nssup.backlog import Backlog
 from nssup.events import Event, Exit
 from nssup.snapshot import event_line
 
@@ -63,10 +64,13 @@ def test_what_was_left_stays_until_it_is_written(kept: Backlog, path: Path) -> N
 
 def test_more_than_it_holds_is_left_out(kept: Backlog, path: Path) -> None:
     large = Event("pool_added", epoch=7, seq=4, pool="web", detail={"x": "y" * 100_000})
-    for _ in range(10):
+    for _ in range(12):
         kept.add(large)
     kept.add(EVENTS[0])
-    assert left(path) == [*EVENTS, *[large] * 5, EVENTS[0]]
+    assert left(path) == [*EVENTS, *[large] * 10]  # and none behind a gap
+    kept.clear()
+    kept.add(EVENTS[0])
+    assert left(path) == EVENTS[:1]
 
 
 def linked(fd: str) -> str:
@@ -120,39 +124,69 @@ def test_no_link_is_followed(path: Path) -> None:
 
 
 LINES = [event_line(event) for event in EVENTS]
+MARK = b'{"ts":"2026-11-23T12:00:00.000000Z","msg":"something is missing"}\n'
 
 
 @pytest.mark.parametrize(
-    ("log", "stays", "missed"),
+    ("log", "becomes"),
     [
-        (None, None, 3),
-        (b"", b"", 3),
-        (LINES[0], LINES[0], 2),
-        (LINES[0] + LINES[1][:40], LINES[0], 2),
-        (LINES[0] + LINES[1][:-1], LINES[0], 2),
-        (LINES[0] + LINES[1] + b'{"ts":"', LINES[0] + LINES[1], 1),
-        (b"".join(LINES), b"".join(LINES), 0),
-        (LINES[0] + b'{"ts":"x","msg":"something is missing"}\n', None, 2),
-        (LINES[0][:30], None, 3),  # it may be anything: the log ends it
+        (None, LINES),
+        (b"", LINES),
+        (LINES[0], LINES),
+        (LINES[0] + LINES[1][:40], LINES),
+        (LINES[0] + LINES[1][:-1], LINES),
+        (LINES[0] + LINES[1] + b'{"ts":"', LINES),
+        (b"".join(LINES), LINES),
+        (LINES[0] + MARK, [LINES[0], MARK, *LINES[1:]]),
+        (LINES[0][:30], [LINES[0][:30], b"\n", *LINES]),  # it may be anything
     ],
 )
-def test_what_is_missing_in_the_log(log: bytes | None, stays: bytes | None, missed: int, tmp_path: Path) -> None:
-    path = tmp_path / "nssup.jsonl"
+def test_what_is_missing_in_the_log(log: bytes | None, becomes: list[bytes], kept: Backlog, path: Path) -> None:
+    own = path.with_name("nssup.jsonl")
     if log is not None:
-        path.write_bytes(log)
-    assert missing(EVENTS, path) == EVENTS[len(EVENTS) - missed :]
-    if log is not None:
-        assert path.read_bytes() == (log if stays is None else stays)
+        own.write_bytes(log)
+    for _ in range(2):
+        found = Backlog(path)
+        found.hand_over(own)
+        found.close()
+        assert own.read_bytes() == b"".join(becomes)
+    assert left(path) == []
 
 
-def test_a_log_of_later_runs_has_them_all(tmp_path: Path) -> None:
-    path = tmp_path / "nssup.jsonl"
-    path.write_bytes(event_line(Event("pool_added", epoch=8, seq=1)))
-    assert missing(EVENTS, path) == []
+def test_a_log_of_later_runs_has_them_all(kept: Backlog, path: Path) -> None:
+    own = path.with_name("nssup.jsonl")
+    later = event_line(Event("pool_added", epoch=8, seq=1))
+    own.write_bytes(later)
+    found = Backlog(path)
+    found.hand_over(own)
+    found.close()
+    assert own.read_bytes() == later
 
 
-def test_nothing_is_touched_where_nothing_was_left(tmp_path: Path) -> None:
-    path = tmp_path / "nssup.jsonl"
-    path.write_bytes(b"torn")
-    assert missing([], path) == []
-    assert path.read_bytes() == b"torn"
+def test_time_does_not_go_back_in_the_log(kept: Backlog, path: Path) -> None:
+    own = path.with_name("nssup.jsonl")
+    own.write_bytes(event_line(Event("pool_added", epoch=6, seq=1, ts=1.9e9)))
+    found = Backlog(path)
+    found.hand_over(own)
+    found.close()
+    assert {msgspec.json.decode(line)["ts"] for line in own.read_bytes().splitlines()} == {
+        "2030-03-17T17:46:40.000000Z"
+    }
+
+
+def test_what_cannot_be_written_stays(kept: Backlog, path: Path) -> None:
+    path.with_name("elsewhere").symlink_to("nowhere")
+    found = Backlog(path)
+    with pytest.raises(OSError, match="symbolic links"):
+        found.hand_over(path.with_name("elsewhere"))
+    found.close()
+    assert left(path) == EVENTS
+
+
+def test_nothing_is_touched_where_nothing_was_left(path: Path) -> None:
+    own = path.with_name("nssup.jsonl")
+    own.write_bytes(b"torn")
+    found = Backlog(path)
+    found.hand_over(own)
+    found.close()
+    assert own.read_bytes() == b"torn"

@@ -84,6 +84,8 @@ WITHIN_ROW = {
     ("staging", "framing"),
     ("follower", "logread"),
     ("journal", "backlog"),
+    ("backlog", "logfile"),
+    ("backlog", "snapshot"),
     ("journal", "logs"),
     ("journal", "snapshot"),
     ("hub", "pipes"),
