@@ -70,8 +70,15 @@ def has(table: Table, path: Path) -> bool:
     return True
 
 
+# Of these only one is meant: who says another takes back the one below.
+_INSTEAD = (frozenset({"notify", "http", "tcp", "unix", "exec", "log"}), frozenset({"signal", "command"}))
+
+
 def merged(below: Table, above: Table, depth: int = _DEEPEST) -> Table:
     """above over below: tables are merged, everything else is replaced."""
+    for instead in _INSTEAD:
+        if depth < _DEEPEST and instead & above.keys():
+            below = {key: value for key, value in below.items() if key not in instead}
     both = below | above
     if depth:
         for key in below.keys() & above.keys():

@@ -444,7 +444,7 @@ def _way_problems(spec: PoolSpec, name: str, probe: Probe) -> list[str]:
     if way in ("notify", "log") and name == "live":
         return [f"{way} says something once, and cannot tell that it still is so: use watchdog"]
     if way == "notify":
-        return _notify_problems(spec, value) + (["fd must be 3 or more"] if probe.fd < 3 else [])
+        return _notify_problems(spec, value) + (_fd_problems(spec, probe.fd) if value == "fd" else [])
     if way == "log":
         return _pattern_problems(value)
     if way == "exec":
@@ -452,6 +452,13 @@ def _way_problems(spec: PoolSpec, name: str, probe: Probe) -> list[str]:
     if way != "unix" and "net" in spec.namespaces:
         return ["cannot reach into a network namespace of the worker's own: use exec"]
     return [] if unknown_fields(value) else _place_problems(way, expand(value, spec.name, 0, 1))
+
+
+def _fd_problems(spec: PoolSpec, fd: int) -> list[str]:
+    free = 3 + sum(len(each.listen) for each in spec.sockets)
+    if fd >= free:
+        return []
+    return [f"fd must be {free} or more" + (", as its sockets are 3 and what follows" if spec.sockets else "")]
 
 
 def _pattern_problems(pattern: str) -> list[str]:

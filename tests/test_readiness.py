@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from live import PATIENCE, needs_namespaces
-from test_config import pool, wrong_pool
+from test_config import parse, pool, wrong_pool
 from test_machine import CODE_0, Story, running, web
 
 from nssup import readiness
@@ -32,7 +32,7 @@ from nssup.events import (
 )
 from nssup.loop import Supervisor
 from nssup.machine import KillTree, RunCommand, SignalMain
-from nssup.spec import PoolSpec, Probe, ReloadSpec, RestartPolicy, StopStep, validate
+from nssup.spec import PoolSpec, Probe, ReloadSpec, RestartPolicy, SocketSpec, StopStep, validate
 from nssup.wire import Flag, Notified
 
 if TYPE_CHECKING:
@@ -297,6 +297,31 @@ def test_wrong_keys(text: str, why: str) -> None:
     found = wrong_pool(text)
     assert len(found) == 1, found
     assert found[0].startswith("n.toml:" + why)
+
+
+def test_another_way_takes_back_that_of_the_defaults() -> None:
+    text = """version = 1
+[defaults]
+ready = { http = "http://localhost/", every = "5s" }
+reload = { signal = "HUP" }
+[pool.a]
+command = ["app"]
+ready = { exec = ["check"] }
+reload = { command = ["reload"] }
+[pool.b]
+command = ["app"]
+ready = { every = "7s" }
+"""
+    pools = parse(text).pools
+    assert pools["a"].ready == Probe(exec=("check",), every=5.0)
+    assert pools["a"].reload == ReloadSpec(command=("reload",))
+    assert pools["b"].ready == Probe(http="http://localhost/", every=7.0)
+
+
+def test_a_descriptor_is_no_socket_as_well() -> None:
+    spec = web(ready=Probe(notify="fd"), sockets=(SocketSpec(name="http", listen=("tcp://127.0.0.1:80",)),))
+    with pytest.raises(SpecError, match=r"pool.web.ready.notify: fd must be 4 or more"):
+        validate(spec)
 
 
 def test_a_network_namespace_of_its_own_is_asked_by_exec() -> None:

@@ -159,7 +159,7 @@ def test_a_line_said_before_the_supervisor_died_still_counts(tmp_path: Path) -> 
 
 
 def test_the_time_to_start_goes_on(tmp_path: Path) -> None:
-    pools = program("signal.pause()", ready='{ notify = "sd" }', start_timeout='"1s"')
+    pools = program("signal.pause()", ready='{ notify = "sd" }', start_timeout='"4s"')
     pools += '[pool.web.restart]\npolicy = "never"\n'
 
     def meanwhile(first: Up) -> None:
