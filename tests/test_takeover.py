@@ -25,7 +25,7 @@ from nssup.loop import Supervisor
 from nssup.spec import Backoff, PoolSpec, RestartPolicy, StopStep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from nssup import record
 
@@ -109,7 +109,9 @@ class Liar:
         self.lines: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def launch(self, plan: record.Plan, *, merge: bool = False, staging: int = -1) -> clone.Process:
+    def launch(
+        self, plan: record.Plan, *, merge: bool = False, staging: int = -1, sockets: Sequence[int] = ()
+    ) -> clone.Process:
         """As Launcher.launch."""
         lent: list[int] = []
         line, theirs = clone._line(lent)
