@@ -99,9 +99,10 @@ def keep(worker: Worker) -> bytes:
 def _kept_history(worker: Worker, deaths: tuple[float, ...]) -> list[Any]:
     """Deaths are written as the newest one, and how many milliseconds before it the others were, newest first: that
     takes a few bytes each."""
-    newest = deaths[-1:]
+    if not deaths:
+        return list(worker.history)
     before = [round((deaths[-1] - at) * 1000) for at in reversed(deaths[:-1])]
-    return [*worker.history[:-1], [*newest, *before]]
+    return [*worker.history[:-1], [deaths[-1], *before]]
 
 
 def _history(kept: list[Any]) -> list[Any]:

@@ -170,6 +170,13 @@ def test_rules_by_code_and_signal(tmp_path: Path) -> None:
         assert up.worker("asked/0")["desired"] == "down"
 
 
+def test_an_essential_worker_that_a_rule_stops_ends_it_all(tmp_path: Path) -> None:
+    stop = '[{ exit = [7], then = "stop" }]'
+    pools = pool_text("job", *shell("exit 7"), essential=True, **{"restart.rules": stop}) + pool_text("other")
+    with Up(tmp_path, pools) as up:
+        assert up.wait_end() == 7
+
+
 def test_reload_is_a_signal_that_the_config_names(tmp_path: Path) -> None:
     script = 'trap "echo again" HUP; echo up; while :; do sleep 1000 & wait; done'
     config = (

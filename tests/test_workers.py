@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from nssup.errors import ControlError, ExitCode
 from nssup.events import (
@@ -25,8 +26,8 @@ from nssup.events import (
     State,
     Stop,
 )
-from nssup.machine import Forget, KillTree, Launch, SignalMain
-from nssup.spec import Backoff, PoolSpec, RestartPolicy
+from nssup.machine import Forget, KillTree, Launch, SignalMain, Span, Worker
+from nssup.spec import Backoff, Intensity, PoolSpec, RestartPolicy
 from nssup.workers import EVENTS, WorkerSet
 
 if TYPE_CHECKING:
@@ -231,6 +232,38 @@ def test_a_single_worker_that_is_wanted_is_not_forgotten() -> None:
     workers.feed("web/0", Remove(), 0.0)
     assert workers.gone("web/0") == []
     assert workers.workers["web/0"].state is State.STOPPED
+
+
+# --- a pool that fails as one ----------------------------------------------------------------------------------------
+
+
+def test_a_pool_that_was_failing_goes_on_failing_with_the_next_supervisor() -> None:
+    """The one that died too often was noted, and the supervisor was killed before the others were."""
+    limit = Intensity(deaths=3, within=60.0, then="fail-pool")
+    failed = Worker(pool="web", index=0, state=State.FAILED, reason="intensity", want_up=True, generation=3)
+    failed = replace(failed, last_exit=CODE_3, last_life=Span(3, 90.0, 95.0))
+    up = Worker(pool="web", index=1, state=State.RUNNING, want_up=True, generation=1, alive=True)
+    up = replace(up, launched_at=50.0, running_since=51.0, up_since=51.0, init_host_pid=5, host_pid=6, ns_pid=2)
+    since = replace(up, index=2, launched_at=96.0)
+    down = Worker(pool="web", index=3, state=State.STOPPED, reason="operator", generation=1)
+    for then, state in (("fail-pool", State.STOPPING), ("fail", State.RUNNING)):
+        workers = Set()
+        policy = RestartPolicy(intensity=replace(limit, then=then))
+        actions = workers.add_pool(web(4, restart=policy), 100.0, [failed, up, since, down])
+        states = [w.state for w in workers.workers.values()]
+        assert states == [State.FAILED, state, State.RUNNING, State.STOPPED]
+        assert actions == ([("web/1", SignalMain(1, 15))] if then == "fail-pool" else [])
+        assert [life.exit for life in workers.lives("web/0")] == [CODE_3]
+
+
+def test_a_worker_taken_over_on_its_way_down_with_its_pool_fails() -> None:
+    workers = Set()
+    condemned = Worker(pool="web", index=0, state=State.STOPPING, reason="pool-failed", want_up=True, condemned=True)
+    condemned = replace(condemned, generation=1, alive=True, launched_at=50.0, stop_step=0, deadline=110.0)
+    workers.add_pool(web(), 100.0, [condemned])
+    workers.gone("web/0", 101.0)
+    assert workers.workers["web/0"].state is State.FAILED
+    assert workers.last().reason == "pool-failed"
 
 
 # --- deadlines -----------------------------------------------------------------------------------------------------
