@@ -57,7 +57,9 @@ def main() -> int:
     if "--check" in sys.argv:
         return int(text != page(text))
     PAGE.write_text(page(text))
-    return 0
+    import manual  # the manual page has the same tables
+
+    return manual.main()
 
 
 if __name__ == "__main__":
