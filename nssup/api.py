@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from nssup import procfs, render
+from nssup import http, procfs, render, wire
 from nssup.custody import Orphan
 from nssup.errors import ControlError, ExitCode
 from nssup.events import Event, Input, State
@@ -48,6 +48,7 @@ class Supervisor(Source, Protocol):
     def configured_workers(self, pool: str) -> int | None: ...
     def tree(self, worker_id: str) -> Sequence[procfs.Process]: ...
     def signal_inside(self, worker_id: str, ns_pid: int, signo: int) -> bool: ...
+    async def run_inside(self, worker_id: str, argv: Sequence[bytes], stdio: Sequence[int]) -> wire.Done | None: ...
     def orphans(self) -> Sequence[Orphan]: ...
     def set_aside(self) -> Sequence[str]: ...
     def outlives_us(self, worker_id: str) -> bool: ...
@@ -168,6 +169,22 @@ class KillCommand(Command, frozen=True, forbid_unknown_fields=True):
     ns_pid: Annotated[int, msgspec.Meta(ge=2, le=1 << 22)] | None = None
 
 
+class ExecCommand(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One worker. argv: the command. stdio: descriptors of the process that asks, for the command's 0, 1 and 2."""
+
+    select: list[str]
+    argv: Annotated[list[str], msgspec.Meta(min_length=1)]
+    stdio: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]], msgspec.Meta(max_length=3)] = []
+
+
+class Executed(msgspec.Struct, frozen=True):
+    """How the command ended. error: why it was not run, or cut off."""
+
+    code: int | None
+    signal: int | None
+    error: str | None
+
+
 class ScaleCommand(Command, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """n: how many workers, or `+2`, `-1`."""
 
@@ -233,6 +250,7 @@ class Call(NamedTuple):
     query: Any
     command: Any
     form: Form
+    peer: http.Peer
 
     @property
     def text(self) -> bool:

@@ -33,10 +33,13 @@ def main(argv: list[str]) -> int:
         return _unknown("verb", argv[1], VERBS)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         return _unknown("command", argv[0], COMMANDS)
+    argv, command = _split_command(argv)
     try:
         arguments = _parser().parse_args(_split_signals(argv))
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else USAGE
+    if command is not None:
+        arguments.command = command
     action: Callable[[Namespace], int] = arguments.action
     return client.guarded(lambda: action(arguments))
 
@@ -48,6 +51,14 @@ def _unknown(what: str, word: str, known: "Iterable[str]") -> int:
     hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
     client.complain(f"unknown {what} {word!r} ({hint})")
     return USAGE
+
+
+def _split_command(argv: list[str]) -> "tuple[list[str], list[str] | None]":
+    """`ctl exec web/3 -- CMD...`: what is ours, and the command, None where there is none of that kind."""
+    if argv[:2] != ["ctl", "exec"] or "--" not in argv:
+        return argv, None
+    end = argv.index("--")
+    return argv[:end], argv[end + 1 :]
 
 
 def _split_signals(argv: list[str]) -> list[str]:
@@ -134,6 +145,10 @@ _ACTIONS = {"on": "store_true", "off": "store_false", "list": "append"}
 def _add_operands(sub: "ArgumentParser", operands: str) -> None:
     if operands == "HOST_PID":
         sub.add_argument("selectors", nargs=1, metavar="HOST_PID")
+    elif operands == "SEL CMD...":
+        sub.usage = "nssup ctl exec [-it] SEL -- CMD..."
+        sub.add_argument("selectors", nargs=1, metavar="SEL", help="one worker")
+        sub.add_argument("command", nargs="*", metavar="CMD", help="what to run, and its arguments")
     elif operands == "POOL* N":
         sub.add_argument("selectors", nargs="*", metavar="POOL")
         sub.add_argument("n", metavar="N", help="N, +N or -N")
@@ -332,7 +347,21 @@ def _ctl(arguments: "Namespace") -> int:
         return _stream(verb.name, o, bool(o.get("follow")), bool(o.get("raw")))
     if verb.name == "reexec":
         return _reexec(o)
+    if verb.name == "exec":
+        return _exec(o)
     return client.perform(verb, o)
+
+
+def _exec(o: Options) -> int:
+    from nssup import inside
+
+    command: list[str] = getattr(o, "command", [])
+    if not command:
+        client.complain("exec: what? nssup ctl exec [-it] SEL -- CMD...")
+        return USAGE
+    path = o.socket or client.default_socket()
+    tty, interactive = bool(o.get("tty")), bool(o.get("interactive"))
+    return inside.execute(path, o.selectors, command, tty=tty, interactive=interactive)
 
 
 def _reexec(o: Options) -> int:

@@ -101,7 +101,7 @@ class Control:
         if asked.route.body is not None:
             command = _command(request.body, asked.route.body)
             asked.said = msgspec.structs.asdict(command)
-        return asked.route.handler(self._desk, Call(arguments, query, command, form))
+        return asked.route.handler(self._desk, Call(arguments, query, command, form, request.peer))
 
     def _admit(self, asked: _Asked) -> None:
         peer = asked.request.peer

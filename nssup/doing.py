@@ -3,10 +3,12 @@
 No operation lives in a request: what was begun goes on, its client may hang up.
 """
 
+import errno
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from nssup import operation, render, units
+from nssup import _pidfd, http, operation, render, units, wire
 from nssup.api import (
     Accepted,
     Answer,
@@ -14,6 +16,8 @@ from nssup.api import (
     Call,
     Command,
     EnableCommand,
+    ExecCommand,
+    Executed,
     KillCommand,
     Left,
     Reply,
@@ -23,13 +27,15 @@ from nssup.api import (
     text_reply,
     usage,
 )
+from nssup.clone import exit_of_message
 from nssup.desk import Desk
-from nssup.errors import ControlError
+from nssup.errors import ControlError, ExitCode, errno_name
 from nssup.events import Input, Kill, Reload, Reset, Restart, Start, State, Stop
 from nssup.machine import Worker
 from nssup.operation import DOWN, UP, Goal, Judge
 from nssup.selection import select_pools
 from nssup.snapshot import Snapshot, members
+from nssup.spec import SIGKILL
 
 MOST_WORKERS = 100_000
 
@@ -121,6 +127,50 @@ def _kill_inside(desk: Desk, call: Call, ns_pid: int, signo: int) -> Answer:
         raise usage("kill: --ns-pid means one process of one worker", "nssup ctl tree WORKER shows them")
     sent = desk.supervisor.signal_inside(workers[0], ns_pid, signo)
     return _run(desk, "kill", [(workers[0], None, operation.at_once if sent else operation.never)], None, call.text)
+
+
+async def execute(desk: Desk, call: Call) -> Reply:
+    command: ExecCommand = call.command
+    workers = desk.select(command.select).workers
+    if len(workers) != 1:
+        raise usage("exec: in one worker", f"{' '.join(command.select)!r} means {len(workers)}")
+    stdio = _descriptors_of(call.peer, command.stdio)
+    done = await desk.supervisor.run_inside(workers[0], [word.encode() for word in command.argv], stdio)
+    answer, code = _executed(done)
+    return json_reply(answer, code=code)
+
+
+def _descriptors_of(peer: http.Peer, numbers: Sequence[int]) -> list[int]:
+    """Copies of the client's descriptors, the caller's. Raises ControlError."""
+    found: list[int] = []
+    try:
+        pidfd = os.pidfd_open(peer.host_pid) if peer.pidfd < 0 else os.dup(peer.pidfd)
+        try:
+            for number in numbers:
+                found.append(_pidfd.getfd(pidfd, number))  # noqa: PERF401 - those before the one that fails are ours
+        finally:
+            os.close(pidfd)
+    except OSError as error:
+        for fd in found:
+            os.close(fd)
+        why = f"cannot take descriptors of host PID {peer.host_pid}: {error.strerror}"
+        raise ControlError("descriptors", why, http_status=403, exit_code=ExitCode.NOT_PERMITTED) from None
+    return found
+
+
+def _executed(done: wire.Done | None) -> tuple[Executed, int]:
+    """What is told of a command, and the exit code that says it."""
+    if done is None:
+        return Executed(None, SIGKILL, "the worker ended"), 128 + SIGKILL
+    if done.step or done.errno:
+        if done.step != wire.Step.EXEC:
+            return Executed(None, None, f"not-run:{errno_name(done.errno)}"), ExitCode.RUN_FAILED
+        code = ExitCode.NOT_FOUND if done.errno == errno.ENOENT else ExitCode.NOT_EXECUTABLE
+        return Executed(None, None, f"exec-failed:{errno_name(done.errno)}"), code
+    ended = exit_of_message(done.exit)
+    if ended.code is not None:
+        return Executed(ended.code, None, None), ended.code
+    return Executed(None, ended.signal, None), 128 + (ended.signal or 0)
 
 
 def scale(desk: Desk, call: Call) -> Answer:

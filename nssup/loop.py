@@ -11,7 +11,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -964,6 +964,45 @@ class Supervisor:
             return "timeout"
         finally:
             self._commands.abandon(life.process, number)
+
+    async def run_inside(self, worker_id: str, argv: Sequence[bytes], stdio: Sequence[int]) -> wire.Done | None:
+        """A command beside the worker's program, as its user, until it has ended. None: the worker ended, and it with
+        it. Cancelled: it is killed. stdio: descriptors, ours from here on. Raises ControlError when there is nobody to
+        run it."""
+        worker = self.workers.workers[worker_id]
+        life = self._lives.get((worker_id, worker.generation))
+        answer: asyncio.Future[wire.Done | None] = self._loop.create_future()
+
+        def ended(done: wire.Done | None) -> None:
+            if not answer.done():
+                answer.set_result(done)
+
+        def look(event: Event) -> None:
+            if event.worker == worker_id and self._lives.get((worker_id, worker.generation)) is not life:
+                ended(None)
+
+        try:
+            number = self._ask_inside(life, tuple(argv), stdio, ended)
+        finally:
+            for fd in dict.fromkeys(stdio):
+                os.close(fd)
+        if life is None or number is None:
+            raise ControlError("not-running", f"{worker_id} does not run", http_status=409)
+        unsubscribe = self.subscribe(look)
+        try:
+            return await answer
+        finally:
+            unsubscribe()
+            self._commands.abandon(life.process, number)
+
+    def _ask_inside(
+        self, life: _Life | None, argv: tuple[bytes, ...], stdio: Sequence[int], ended: Callable[[wire.Done], None]
+    ) -> int | None:
+        if life is None or life.over or not life.process.has_init:
+            return None
+        path = self._prepared[life.pool].path
+        candidates = [os.fsencode(each) for each in record.candidates(os.fsdecode(argv[0]), path)]
+        return self._commands.run(life.process, argv, tuple(candidates), ended, timeout=0.0, stdio=stdio)
 
     def watch_lines(self, watch: LineWatch) -> None:
         self.logs.join(watch)

@@ -45,8 +45,8 @@ class Verb:
     """One verb.
 
     request: method and path. access: see (nothing changes), operate, admin (amounts to root). operands: `SEL*` (none
-    means all), `SEL+` (at least one), `POOL* N`, `HOST_PID`, or "". streams: the answer has no end of its own.
-    wide: its text depends on the terminal. details: what the manual says beyond the summary.
+    means all), `SEL+` (at least one), `POOL* N`, `HOST_PID`, `SEL CMD...`, or "". streams: the answer has no end
+    of its own. wide: its text depends on the terminal. details: what the manual says beyond the summary.
     """
 
     __slots__ = ("access", "details", "method", "name", "operands", "options", "path", "streams", "summary", "wide")
@@ -287,6 +287,20 @@ VERBS = {
             ),
         ),
         Verb(
+            "exec",
+            "POST /v1/exec",
+            "admin",
+            "run a command inside a worker: its namespaces, its user, its environment",
+            operands="SEL CMD...",
+            options=(
+                Option("-i --interactive", "pass stdin on", sent=""),
+                Option("-t --tty", "on a terminal of its own", sent=""),
+            ),
+            details="nssup ctl exec -it web/3 -- bash. The worker's init is its parent and kills it when the worker, "
+            "or this command, ends. Exits with the command's own code, 128+n for a signal, 125 when it could not be "
+            "run, 126 and 127 as a shell does.",
+        ),
+        Verb(
             "reexec",
             "POST /v1/reexec",
             "admin",
@@ -305,7 +319,7 @@ VERBS = {
     )
 }
 # Those that ask more than once, or read an answer that has no end: left to cli.
-LONG = frozenset(name for name, verb in VERBS.items() if verb.streams or name == "reexec")
+LONG = frozenset(name for name, verb in VERBS.items() if verb.streams or name in ("reexec", "exec"))
 
 # --- the commands ----------------------------------------------------------------------------------------------------
 

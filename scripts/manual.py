@@ -17,6 +17,7 @@ DATE = "November 23, 2026"
 
 def escaped(text: str) -> str:
     text = text.replace("\\", "\\e").replace("`", "").replace("**", "")
+    text = text.replace(" -- ", " \\-\\- ")
     return text if text[:1] not in (".", "'") else "\\&" + text
 
 

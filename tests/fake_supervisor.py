@@ -12,7 +12,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, NamedTuple
 
-from nssup import procfs
+from nssup import procfs, wire
 from nssup.events import Empty, Event, Exit, Exited, Gone, Input, Launched, Running, SetupFailed, Started
 from nssup.held import Sockets
 from nssup.logs import LogHub, Streams
@@ -21,7 +21,7 @@ from nssup.spec import PoolSpec
 from nssup.workers import Actions, WorkerSet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from nssup.custody import Orphan
@@ -111,6 +111,18 @@ class Supervisor:
     def enable_pools(self, pools: Iterable[str], enabled: bool) -> None:
         for pool in pools:
             self.workers.enable(pool, enabled, self.time)
+
+    async def run_inside(self, worker_id: str, argv: Sequence[bytes], stdio: Sequence[int]) -> wire.Done | None:
+        """Says to its stdout what it is, and exits 7; `sleep` never ends."""
+        try:
+            if argv[0] == b"sleep":
+                await self._loop.create_future()
+            if stdio:
+                os.write(stdio[1], b" ".join([worker_id.encode(), *argv]))
+        finally:
+            for fd in stdio:
+                os.close(fd)
+        return wire.Done(1, self.epoch, 1, 0, 0, 0, wire.Exit(os.CLD_EXITED, 7, 0, 0, 0, 0))
 
     def orphans(self) -> list[Orphan]:
         return self.lost

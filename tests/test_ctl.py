@@ -1067,6 +1067,27 @@ async def test_events_as_server_sent_events(site: Site) -> None:
     assert told[3] == ""
 
 
+async def test_exec_takes_descriptors_and_ends_with_its_client(site: Site) -> None:
+    site.sup.add("web", workers=2)
+    read_end, write_end = os.pipe()
+    answer = await site.ask("POST", "/v1/exec", {"select": ["web/1"], "argv": ["id"], "stdio": [0, write_end]})
+    assert (answer.exit, answer.json) == (7, {"code": 7, "signal": None, "error": None})
+    assert os.read(read_end, 100) == b"web/1 id"
+    for body, code in (({"select": ["web"], "argv": ["id"]}, 2), ({"select": ["web/0"], "argv": []}, 2)):
+        assert (await site.ask("POST", "/v1/exec", body)).exit == code
+    refused = await site.ask("POST", "/v1/exec", {"select": ["web/1"], "argv": ["id"], "stdio": [0, 1, 1 << 20]})
+    assert (refused.status, refused.error[0]) == (403, "descriptors")
+    _, writer = await site.send("POST", "/v1/exec", {"select": ["web/1"], "argv": ["sleep"], "stdio": [write_end]})
+    events = await site.stream("/v1/events?n=0")
+    writer.close()
+    while (await events.next()).get("reason") != "client-gone":
+        pass
+    os.close(write_end)
+    os.set_blocking(read_end, False)
+    assert os.read(read_end, 1) == b"", "nobody has kept a copy"
+    os.close(read_end)
+
+
 # The table.
 
 

@@ -34,6 +34,7 @@ ROWS = [
     "seeing doing following reviewing",
     "routes",
     "ctl client",
+    "inside",
     "__main__ cli fast up",
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}

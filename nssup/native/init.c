@@ -1522,6 +1522,14 @@ static long place_command_stdio(const struct launch *l)
 	return 0;
 }
 
+/* A terminal that nobody's session has becomes its own; anything else stays what it is. */
+static long take_free_terminal(const struct launch *l)
+{
+	(void)l;
+	sys3(__NR_ioctl, 0, TIOCSCTTY, 0);
+	return 0;
+}
+
 static long close_all(const struct launch *l)
 {
 	(void)l;
@@ -1529,10 +1537,10 @@ static long close_all(const struct launch *l)
 }
 
 static const struct step command_steps[] = {
-	{STEP_SESSION, own_session},	   {STEP_STDIO, place_command_stdio}, {STEP_RLIMITS, set_rlimits},
-	{STEP_GROUPS, set_groups},	   {STEP_GROUP, set_group},	      {STEP_USER, set_user},
-	{STEP_CAPABILITIES, drop_capabilities}, {STEP_DIRECTORY, enter_directory}, {STEP_SIGNALS, clean_signals},
-	{STEP_DESCRIPTORS, close_all},	   {STEP_EXEC, exec_program},
+	{STEP_SESSION, own_session},	   {STEP_STDIO, place_command_stdio}, {STEP_TTY, take_free_terminal},
+	{STEP_RLIMITS, set_rlimits},	   {STEP_GROUPS, set_groups},	      {STEP_GROUP, set_group},
+	{STEP_USER, set_user},		   {STEP_CAPABILITIES, drop_capabilities}, {STEP_DIRECTORY, enter_directory},
+	{STEP_SIGNALS, clean_signals},	   {STEP_DESCRIPTORS, close_all},     {STEP_EXEC, exec_program},
 };
 
 static int command_child(void *unused)
