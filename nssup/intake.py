@@ -10,7 +10,7 @@ nothing to do until the kernel sees the next byte.
 import asyncio
 import fcntl
 import select
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Generic, TypeVar
 
 REST = 0.010  # seconds between two passes, as a rule
@@ -60,6 +60,7 @@ class Intake(Generic[P]):
         self._timer: asyncio.Handle | None = None
         self._soon = False  # that timer is for the loop's next turn
         self._pause = REST
+        self._bursts: dict[P, int] = {}  # bytes taken since the last rest, from pipes that gave all they may
         self._grown = 0
         loop.add_reader(self._epoll.fileno(), self._on_readable)
 
@@ -75,14 +76,17 @@ class Intake(Generic[P]):
     def remove(self, pipe: P) -> None:
         """Before its fd is closed: somebody else holds the same pipe, so closing alone would leave it here."""
         self._ready.pop(pipe, None)
-        self._epoll.unregister(pipe.fd)
+        if not self._epoll.closed:
+            self._epoll.unregister(pipe.fd)
         del self.pipes[pipe.fd]
         self._grown -= pipe.size - SIZE
 
-    def put_back(self, pipes: Iterable[P]) -> None:
+    def put_back(self, pipes: Collection[P]) -> None:
         """These may have data, and there may be room for it: they are read soon, and before others."""
+        if not pipes or self._epoll.closed:
+            return
         self._ready = {**dict.fromkeys(pipes), **self._ready}
-        if not self._ready or self._soon or self._epoll.closed:
+        if self._soon:
             return
         if self._timer is None:
             self._loop.remove_reader(self._epoll.fileno())
@@ -95,6 +99,7 @@ class Intake(Generic[P]):
         self._timer = self._loop.call_soon(self._pass)
 
     def close(self) -> None:
+        """Nothing is read any more."""
         if self._timer is not None:
             self._timer.cancel()
         self._loop.remove_reader(self._epoll.fileno())
@@ -112,7 +117,7 @@ class Intake(Generic[P]):
         self._ready = {**dict.fromkeys(pipe for pipe in found if pipe not in self._ready), **self._ready}
         self._begin()
         ready, self._ready = self._ready, {}
-        fullest, fed, waiting = 0.0, 0, False
+        fullest, fed, waiting, more = 0.0, 0, False, False
         try:
             while ready:
                 pipe = next(iter(ready))
@@ -121,18 +126,28 @@ class Intake(Generic[P]):
                 waiting = waiting or got == WAITING
                 if got > 0:
                     fed += 1
-                    fullest = max(fullest, got / pipe.share)
+                    burst = self._bursts.get(pipe, 0) + got
+                    fullest = max(fullest, burst / pipe.size)
                     if got >= pipe.share:
+                        self._bursts[pipe] = burst
+                        more = True
+                    if got > pipe.size // 2:
                         self._found_full(pipe)
                 if got not in (DRY, WAITING) and pipe.fd >= 0:
                     # Not read until it is dry, which would be a second call each time: the next pass will see.
                     self._ready[pipe] = None
         finally:
             self._ready.update(ready)  # whatever went wrong with one pipe, the others are seen to
-            self._rest(bool(fed or waiting or self._ready), fullest, fed)
+            if more:
+                self._pass_soon()
+            else:
+                self._rest(bool(fed or waiting or self._ready), fullest, fed)
 
     def _found_full(self, pipe: P) -> None:
-        """A pipe that is full again and again holds its worker up: it becomes larger, as far as that is allowed."""
+        """A pipe that is full again and again holds its worker up: it becomes larger, as far as that is allowed.
+
+        Half of its bytes are enough to be full: writes that do not fit into the rest of a page take one of their own.
+        """
         pipe.found_full += 1
         if pipe.found_full != _FULL_TWICE or self._grown + LARGE - SIZE > GROWN:
             return
@@ -145,19 +160,16 @@ class Intake(Generic[P]):
 
     def _rest(self, busy: bool, fullest: float, fed: int) -> None:
         """Sets when to look again, by the fullest pipe found: it should be half full when we come back."""
+        self._bursts.clear()
         if not busy:
             self._loop.add_reader(self._epoll.fileno(), self._on_readable)
             return
         if not fed:  # only such as wait for room, and who has some puts them back
             self._timer = self._loop.call_later(REST, self._pass)
             return
-        most = min(REST + fed * REST_A_PIPE, LONG_REST)
         if fullest < 1 / 3:
-            self._pause = max(self._pause * 2, SHORT_REST)
+            self._pause *= 2
         elif fullest > 2 / 3:
-            self._pause = self._pause / 2 if self._pause > SHORT_REST else 0.0
-        self._pause = min(self._pause, most)
-        if self._pause:
-            self._timer = self._loop.call_later(self._pause, self._pass)
-        else:
-            self._pass_soon()
+            self._pause /= 2
+        self._pause = min(max(self._pause, SHORT_REST), REST + fed * REST_A_PIPE, LONG_REST)
+        self._timer = self._loop.call_later(self._pause, self._pass)

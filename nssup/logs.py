@@ -453,6 +453,8 @@ class LogHub:
         self._intake.close()
         while self._pools:
             await asyncio.shield(self._write(next(iter(self._pools.values()))))
+        for pipe in list(self._intake.pipes.values()):  # what they still hold found no room
+            self._forget(pipe)
         for follower in list(self._followers):
             follower.close()
         for executor in (self._writing, self._reading):

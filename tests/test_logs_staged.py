@@ -1,7 +1,10 @@
 """Output through staging memory, as the hub does it: to its end, let go midway, taken up again, short of room."""
 
 import asyncio
+import contextlib
+import fcntl
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,11 +12,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from nssup import logpool
+from nssup import intake, logpool
+from nssup.framing import Sheet
 from nssup.handover import Layout
 from nssup.lines import Record, content
+from nssup.logfile import RecordFile, Written
 from nssup.logs import LogHub, Streams
-from nssup.staging import Staging
+from nssup.staging import Batch, Staging
 
 pytestmark = pytest.mark.both_loops
 
@@ -198,3 +203,97 @@ async def test_a_place_is_kept_until_its_life_comes(tmp_path: Path, monkeypatch:
         assert [places.index(place) for place in places] == [0, 0, 2, 2, 4]
         one.give_back("web", "web/1", 1)
         assert one.place("web", "web/6", 1) is places[0]
+
+
+async def test_writing_does_not_shorten_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("REST", "SHORT_REST", "LONG_REST"):
+        monkeypatch.setattr(intake, name, 3600.0)
+    async with hub(tmp_path) as one:
+        read, write = os.pipe()
+        life = attach(one, read)
+        os.write(write, b"a line\n")
+        await have_read(one, 7)
+        rest = one._intake._timer
+        assert rest is not None
+        await one.flush()
+        assert one._intake._timer is rest
+        os.close(write)
+        one.drain(life)
+
+
+async def test_a_pipe_that_is_found_full_twice_grows(tmp_path: Path) -> None:
+    async with hub(tmp_path) as one:
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        life = attach(one, read)
+        taken = 0
+        for _ in range(3):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    taken += os.write(write, b"x" * 2047 + b"\n")  # each has a page of its own
+            await have_read(one, taken)
+        if fcntl.fcntl(write, fcntl.F_GETPIPE_SZ) == intake.SIZE:
+            pytest.skip("this user's pipes may not grow")
+        assert life.pipes[0].size == fcntl.fcntl(write, fcntl.F_GETPIPE_SZ) == intake.LARGE
+        os.close(write)
+        one.drain(life)
+
+
+async def test_one_noisy_worker_does_not_keep_others_from_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the noisy one fills each time has room for the others before its next share."""
+    monkeypatch.setattr(logpool, "LAYOUT", Layout(streams=16, half=intake.SIZE * 2, entries=64))
+    async with hub(tmp_path) as one:
+        noisy, quiet = os.pipe(), os.pipe()
+        lives = [attach(one, noisy[0], 0), attach(one, quiet[0], 1)]
+        stop = threading.Event()
+
+        def write_on() -> None:
+            while not stop.is_set():
+                os.write(noisy[1], b"noise\n" * 5000)
+
+        thread = threading.Thread(target=write_on)
+        thread.start()
+        follower = one.follow(["web"], workers={"web/1"})
+        try:
+            for number in range(20):
+                os.write(quiet[1], b"%d\n" % number)
+                assert _decode(await anext(follower)).msg == str(number)
+        finally:
+            stop.set()
+            await asyncio.to_thread(thread.join)
+            for fd, life in zip((noisy[1], quiet[1]), lives, strict=True):
+                os.close(fd)
+                drained, tell = told()
+                one.drain(life, tell)
+                await drained
+
+
+async def test_who_follows_while_a_batch_is_written_has_it_from_the_tail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    append = RecordFile.append_batch
+
+    def held(file: RecordFile, batch: Batch, sheet: Sheet, marks: bytes, most: int) -> Written:
+        go.wait()
+        return append(file, batch, sheet, marks, most)
+
+    monkeypatch.setattr(RecordFile, "append_batch", held)
+    async with hub(tmp_path) as one:
+        read, write = os.pipe()
+        life = attach(one, read)
+        os.write(write, b"before\n")
+        while one._pools["web"].batch_done is None:  # noqa: ASYNC110 - it is a turn or two
+            await asyncio.sleep(0)
+        follower = one.follow(["web"])
+        async with asyncio.TaskGroup() as tasks:
+            tail = tasks.create_task(one.tail("web", 10))
+            await asyncio.sleep(0)
+            go.set()
+        os.write(write, b"after\n")
+        assert [_decode(record).msg for record in tail.result()] == ["before"]
+        assert _decode(await anext(follower)).msg == "after"
+        os.close(write)
+        one.drain(life)
