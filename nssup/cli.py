@@ -96,6 +96,8 @@ def _parser() -> "ArgumentParser":
     up.add_argument("--rehearse", action="store_true", help=_suppress())  # asked by `ctl reexec`
     check = command("check", _check)
     check.add_argument("file", nargs="?", metavar="FILE", help="default: as for up")
+    sim = command("sim", _sim)
+    sim.add_argument("scenario", metavar="SCENARIO", help="a TOML file: docs/sim.md")
     command("version", lambda arguments: _version())
     completion = command("completion", _completion)
     completion.add_argument("shell", choices=SHELLS)
@@ -206,6 +208,40 @@ def _check(arguments: "Namespace") -> int:
         lines, code = [str(problem) for problem in e.problems], e.exit_code
     _say(lines, 1 if code == OK else 2)
     return code
+
+
+def _sim(arguments: "Namespace") -> int:
+    """1 when something is not as expected."""
+    import os
+
+    import msgspec
+
+    from nssup import facts, playback, scenario
+    from nssup.errors import SpecError
+
+    try:
+        with open(arguments.scenario, "rb") as file:
+            found = scenario.parse(arguments.scenario, file.read())
+        if found.config is not None and arguments.config is None:
+            arguments.config = os.path.join(os.path.dirname(arguments.scenario), found.config)
+        if arguments.until is not None:
+            found = msgspec.structs.replace(found, until=arguments.until)
+        if arguments.seed is not None:
+            found = msgspec.structs.replace(found, seed=arguments.seed)
+        anywhere = facts.Anywhere()
+        played = playback.play(facts.load(facts.find(arguments.config, anywhere), anywhere).pools, found)
+    except SpecError as e:
+        _say([str(problem) for problem in e.problems], 2)
+        return e.exit_code
+    except OSError as e:
+        client.complain(f"{e.filename}: {e.strerror}")
+        return FAILED
+    if arguments.json:
+        lines = [msgspec.json.encode(each).decode() for each in playback.documents(played)]
+    else:
+        lines = playback.text(played)
+    _say(lines, 1)
+    return OK if played.held else FAILED
 
 
 def _completion(arguments: "Namespace") -> int:

@@ -93,6 +93,35 @@ class Host:
         return os.path.isfile(path) and os.access(path, os.X_OK, effective_ids=True)
 
 
+class Anywhere(Host):
+    """A machine on which a config may run, whatever users and rights it asks for: for who asks what would happen."""
+
+    def user(self, name: str) -> User | None:
+        return super().user(name) or User(name, 65534, 65534, "/", "/bin/sh")
+
+    def group(self, name: str) -> int | None:
+        found = super().group(name)
+        return 65534 if found is None else found
+
+    def groups_of(self, user: User) -> tuple[int, ...]:
+        return ()
+
+    def capable(self, capability: str) -> bool:
+        return True
+
+    def hard_limit(self, resource: str) -> int | None:
+        return None
+
+    def exists(self, path: str) -> bool:
+        return True
+
+    def is_directory(self, path: str) -> bool:
+        return True
+
+    def is_executable(self, path: str) -> bool:
+        return True
+
+
 def read(pattern: str, relative_to: str) -> list[tuple[str, bytes]]:
     """config.Read on the real files."""
     path = os.path.normpath(os.path.join(os.path.dirname(relative_to), pattern))

@@ -17,6 +17,7 @@ import msgspec
 
 from nssup.errors import ImpossibleEvent
 from nssup.events import (
+    Alive,
     Empty,
     Event,
     Exit,
@@ -30,6 +31,7 @@ from nssup.events import (
     Running,
     SetupFailed,
     Started,
+    Unready,
 )
 from nssup.machine import EndSupervisor, Forget, KillTree, Launch, RunCommand, SignalMain, SignalTree, asks_readiness
 from nssup.spec import SIGKILL, PoolSpec
@@ -43,7 +45,8 @@ class Fate(msgspec.Struct, frozen=True, kw_only=True):
     then until it is ready, where that is asked; math.inf: never. life: until the program ends by itself, with `exit`;
     math.inf: never. rest: from the program's end to the empty namespace, 0 when it was alone in it. reap: from there,
     or from the kill, until init is reaped. obeys: seconds until it ends on a signal, or on a command of its stop
-    sequence; math.inf: it is deaf to all but SIGKILL. init_dies: what ends after `life` is not the program but init.
+    sequence; math.inf: it is deaf to all but SIGKILL. silent: from when it runs until it feeds its watchdog no more.
+    init_dies: what ends after `life` is not the program but init.
     """
 
     launch_fails: str | None = None
@@ -55,6 +58,7 @@ class Fate(msgspec.Struct, frozen=True, kw_only=True):
     rest: float = 0.0
     reap: float = 0.001
     obeys: float = 0.01
+    silent: float = math.inf
     init_dies: bool = False
 
 
@@ -84,9 +88,10 @@ def seeded(seed: str, *, mean_life: float = 600.0, trouble: float = 0.05) -> Fat
 
 
 class _Life:
-    """One fake life. ended: its program is gone. over: nothing more is heard of it but Gone."""
+    """One fake life. ended: its program is gone. over: nothing more is heard of it but Gone. silent_at: from when on
+    its watchdog is not fed."""
 
-    __slots__ = ("ended", "fate", "generation", "over", "worker_id")
+    __slots__ = ("ended", "fate", "generation", "over", "silent_at", "worker_id")
 
     def __init__(self, worker_id: str, generation: int, fate: Fate) -> None:
         self.worker_id = worker_id
@@ -94,6 +99,7 @@ class _Life:
         self.fate = fate
         self.ended = False
         self.over = False
+        self.silent_at = math.inf
 
 
 class Bounds(msgspec.Struct):
@@ -137,6 +143,25 @@ class Simulation:
     def feed(self, worker_id: str, event: Input) -> None:
         self.bounds.steps += 1
         self._perform(self.workers.feed(worker_id, event, self.now))
+
+    # --- what becomes of programs ----------------------------------------------------------------------------------
+
+    def end(self, worker_id: str, how: Exit) -> bool:
+        """The program ends by itself, now. False: there is none."""
+        worker = self.workers.workers.get(worker_id)
+        for life in self._lives.get(worker_id, ()):
+            if worker is not None and worker.host_pid is not None and not life.over and not life.ended:
+                self._deliver(life, self._exited(life, how))
+                return True
+        return False
+
+    def say_ready(self, worker_id: str, ready: bool) -> bool:
+        """The program is ready again, or not any more. False: it does not run."""
+        worker = self.workers.workers.get(worker_id)
+        if worker is None or worker.running_since is None:
+            return False
+        self.feed(worker_id, Ready(worker.generation) if ready else Unready(worker.generation, "probe-failed"))
+        return True
 
     # --- time ------------------------------------------------------------------------------------------------------
 
@@ -183,8 +208,10 @@ class Simulation:
                 return  # reaped already
             life.over = True
             self._lives[life.worker_id].remove(life)
-        elif life.over or (life.ended and isinstance(news, Exited | Ready)):
+        elif life.over or (life.ended and isinstance(news, Exited | Ready | Alive)):
             return  # killed, or ended by something else, meanwhile
+        elif isinstance(news, Alive):
+            self._beat_again(life)
         elif isinstance(news, LaunchFailed):
             life.over = True
             self._lives[life.worker_id].remove(life)
@@ -197,6 +224,15 @@ class Simulation:
         elif isinstance(news, Empty):
             self._emptied(life)
         self.feed(life.worker_id, news)
+
+    def _beat(self, life: _Life, after: float, watchdog: float) -> None:
+        """Good for one period of the watchdog."""
+        self._later(after, life, Alive(life.generation, until=self.now + after + watchdog))
+
+    def _beat_again(self, life: _Life) -> None:
+        watchdog = self.workers.pools[life.worker_id.partition("/")[0]].watchdog
+        if watchdog is not None and self.now + watchdog / 2 < life.silent_at:
+            self._beat(life, watchdog / 2, watchdog)
 
     def _emptied(self, life: _Life) -> None:
         life.over = True
@@ -235,8 +271,12 @@ class Simulation:
             self._later(fate.launch, life, Empty(generation))
             return
         self._later(fate.launch, life, Running(generation))
-        if asks_readiness(self.workers.pools[worker_id.partition("/")[0]]):
+        spec = self.workers.pools[worker_id.partition("/")[0]]
+        if asks_readiness(spec):
             self._later(fate.launch + fate.ready, life, Ready(generation))
+        if spec.watchdog is not None and fate.silent > 0:
+            life.silent_at = self.now + fate.launch + fate.silent
+            self._beat(life, fate.launch, spec.watchdog)
         if not fate.init_dies:
             self._later(fate.launch + fate.life, life, self._exited(life, fate.exit))
         elif fate.life < math.inf:

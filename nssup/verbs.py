@@ -328,6 +328,7 @@ COMMANDS = {
     "ctl": "steer a running supervisor",
     "run": "run one command in fresh namespaces",
     "check": "validate a config file without starting anything",
+    "sim": "play a scenario on the pools of a config, in no time: what would be done, and whether that is as expected",
     "completion": "a completion script for bash, zsh or fish",
     "version": "print the version",
 }
@@ -356,6 +357,12 @@ OPTIONS: "dict[str, tuple[Option, ...]]" = {
         Option("-v --verbose", "its PIDs to stderr"),
     ),
     "check": (),
+    "sim": (
+        Option("-c --config", "default: what the scenario names, or as for up", kind="text", metavar="FILE"),
+        Option("--until", "play so long", kind="seconds", metavar="SECONDS"),
+        Option("--seed", "of the jitter of restarts", kind="text", metavar="TEXT"),
+        Option("--json", "a JSON object a line"),
+    ),
     "completion": (),
     "version": (),
 }

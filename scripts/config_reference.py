@@ -1,11 +1,12 @@
-"""Writes the tables of docs/config.md from nssup/keys.py; --check only says whether they are up to date."""
+"""Writes the tables of docs/config.md from nssup/keys.py, and those of docs/sim.md from nssup/scenario.py; --check only
+says whether they are up to date."""
 
 import sys
 from pathlib import Path
 
-from nssup import keys
+from nssup import keys, scenario
 
-PAGE = Path(__file__).parent.parent / "docs" / "config.md"
+DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- tables: scripts/config_reference.py -->\n", "<!-- end of tables -->\n"
 TABLES = (
     ("Top level", keys.TOP),
@@ -28,6 +29,14 @@ TABLES = (
     ("`[socket.NAME]`", keys.SOCKET),
 )
 
+SIM_TABLES = (
+    ("Top level", scenario.TOP),
+    ("`[[life]]`", scenario.LIFE),
+    ("`[[step]]`", scenario.STEP),
+    ("`[[expect]]`", scenario.EXPECT),
+)
+PAGES = {"config.md": TABLES, "sim.md": SIM_TABLES}
+
 
 def rows(table: dict[str, keys.Key]) -> list[str]:
     known = [(name, key, key.kind) for name, key in table.items()]
@@ -41,25 +50,28 @@ def shown(default: str) -> str:
     return default if not default or "`" in default or default.endswith(("'s", "own")) else f"`{default}`"
 
 
-def tables() -> str:
-    return "".join("\n".join([f"### {title}", "", *rows(table), "", ""]) for title, table in TABLES)
+def tables(of: tuple[tuple[str, dict[str, keys.Key]], ...]) -> str:
+    return "".join("\n".join([f"### {title}", "", *rows(table), "", ""]) for title, table in of)
 
 
-def page(text: str) -> str:
+def page(text: str, of: tuple[tuple[str, dict[str, keys.Key]], ...]) -> str:
     """text with its tables as they should be."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return before + BEGIN + "\n" + tables() + END + after
+    return before + BEGIN + "\n" + tables(of) + END + after
 
 
 def main() -> int:
-    text = PAGE.read_text()
-    if "--check" in sys.argv:
-        return int(text != page(text))
-    PAGE.write_text(page(text))
+    stale = 0
+    for name, of in PAGES.items():
+        path = DOCS / name
+        text = path.read_text()
+        stale += text != page(text, of)
+        if "--check" not in sys.argv:
+            path.write_text(page(text, of))
     import manual  # the manual page has the same tables
 
-    return manual.main()
+    return int("--check" in sys.argv and stale > 0) or manual.main()
 
 
 if __name__ == "__main__":

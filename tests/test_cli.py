@@ -464,7 +464,7 @@ async def test_an_error_of_http_itself_is_passed_on(tmp_path: Path, capfd: pytes
     ("words", "says"),
     [
         (["upp"], "did you mean up?"),
-        (["frobnicate"], "there are: up, ctl, run, check, completion, version"),
+        (["frobnicate"], "there are: up, ctl, run, check, sim, completion, version"),
         (["ctl", "staus"], "did you mean status?"),
         (["ctl", "frob"], "there are: status"),
         (["ctl", "status", "--nosuch"], "unrecognized arguments: --nosuch"),

@@ -21,14 +21,14 @@ ROWS = [
     "errors units locate verbs address",
     "spec events record wire keys document envfile handover",
     "machine restart history explain readiness dependencies rollout schedule adopt lines config diff render selection "
-    "plan openapi access audit probing sockets",
+    "plan openapi access audit probing sockets scenario",
     "effective metrics completion frames",
     "workers",
     "backlog clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
     "snapshot logfile logread logpool intake follower framing journal desired systemd reexec notify commands "
     "prober interpreter held",
     "loop sim pipes hub",
-    "process foreground http operation",
+    "process foreground http operation playback",
     "crew api pools tasks executor",
     "desk",
     "seeing doing following reviewing",
