@@ -51,7 +51,9 @@ from nssup.spec import SIGKILL, PoolSpec, StopStep
 # Seconds from the end of a program to that of its tree: init kills it at once, but init may be frozen, or lie.
 REST = 10.0
 # Seconds that we may be late for a deadline before we blame ourselves: time in which nobody listened does not count.
-LATE = 0.5
+# What its init has to say by then takes a moment to come, since the line holds old news first.
+LATE = 0.05
+MOMENT = 0.25
 # The reason of workers that are down because another of their pool died too often.
 POOL_FAILED = "pool-failed"
 
@@ -342,7 +344,7 @@ def _at_deadline(w: Worker, here: Here, fault: str, period: float) -> Step:
         return w, NOTHING
     late = here.now - w.deadline
     if late > LATE:
-        return replace(w, deadline=here.now + min(late, period)), NOTHING
+        return replace(w, deadline=here.now + min(max(late, MOMENT), period)), NOTHING
     return _begin_stop(replace(w, fault=fault), here, fault)
 
 

@@ -113,7 +113,7 @@ class Prober:
             self._end(found, name)
         for name, hurried in wanted.items():
             if name not in found.gauges:
-                found.gauges[name] = (probing.begin(hurried), hurried)
+                found.gauges[name] = (probing.begin(name, worker, hurried), hurried)
                 self._schedule(worker_id, spec, found, name)
 
     def _drop(self, worker_id: str) -> None:

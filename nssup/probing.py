@@ -49,9 +49,10 @@ def wanted(spec: PoolSpec, w: Worker) -> dict[Name, bool]:
     return found
 
 
-def begin(hurried: bool) -> Gauge:
-    """Of a probe that is wanted from now on; hurried: somebody waits for it, so the answer is no until it is yes."""
-    return Gauge(answer=not hurried)
+def begin(name: Name, w: Worker, hurried: bool) -> Gauge:
+    """Of a probe that is wanted from now on; hurried: somebody waits for it, so the answer is no until it is yes. Else
+    the answer is what the worker is: one that was taken over may have lost its readiness before."""
+    return Gauge(answer=not hurried and (w.ready or name != "ready"))
 
 
 def share(key: str) -> float:

@@ -59,22 +59,22 @@ def test_the_same_probe_twice() -> None:
 
 
 def test_who_is_waited_for_is_tried_soon_and_then_less_and_less_often() -> None:
-    probe, gauge, waits = Probe(tcp="x", every=1.0), begin(True), []
+    probe, gauge, waits = Probe(tcp="x", every=1.0), Gauge(False), []
     for _ in range(8):
         waits.append(wait(probe, gauge, True, "web/0:1:ready"))
         gauge = after(probe, gauge, False)
     assert waits[0] == 0.0
     assert waits[1:] == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0], rel=0.1)
-    assert wait(Probe(tcp="x", every=0.01), after(probe, begin(True), False), True, "k") <= 0.011
+    assert wait(Probe(tcp="x", every=0.01), after(probe, Gauge(False), False), True, "k") <= 0.011
 
 
 def test_a_thousand_do_not_come_at_once() -> None:
     probe = Probe(tcp="x", every=10.0)
-    first = [wait(probe, begin(False), False, f"web/{n}:1:live") for n in range(1000)]
+    first = [wait(probe, Gauge(True), False, f"web/{n}:1:live") for n in range(1000)]
     seconds = Counter(int(at) for at in first)
     assert set(seconds) == set(range(10))
     assert all(60 <= there <= 140 for there in seconds.values())
-    assert first == [wait(probe, begin(False), False, f"web/{n}:1:live") for n in range(1000)]
+    assert first == [wait(probe, Gauge(True), False, f"web/{n}:1:live") for n in range(1000)]
 
 
 @given(
@@ -94,7 +94,7 @@ def test_a_wait_is_never_longer_than_it_may_be(every: float, tries: int, hurried
 
 def results(spec: PoolSpec, story: Story, name: Name, said: str) -> list[LifeInput | None]:
     """What each of the results means, `+` or `-`, as the worker stays where it is."""
-    gauge, found = begin(story.state is State.STARTING), []
+    gauge, found = begin(name, story.worker, story.state is State.STARTING), []
     for one in said:
         before, gauge = gauge, after(getattr(spec, name), gauge, one == "+")
         found.append(meaning(name, spec, story.worker, before, gauge))
@@ -138,6 +138,12 @@ def test_readiness_comes_and_goes() -> None:
     assert results(spec, story, "ready", "--")[-1] == Unready(1, "probe-failed")
 
 
+def test_who_was_taken_over_without_its_readiness_gets_it_again() -> None:
+    spec = web(ready=TCP)
+    story = running(spec).tell(Ready(1), Unready(1, "probe-failed"))
+    assert shown(results(spec, story, "ready", "--+")) == "..R"
+
+
 def test_three_failures_in_a_row_where_nothing_is_said() -> None:
     story = running(ALL).tell(Passed(1), Ready(1))
     assert shown(results(ALL, story, "live", "+--+--+---")) == ".........S"
@@ -153,7 +159,7 @@ def test_three_failures_in_a_row_where_nothing_is_said() -> None:
 def test_an_answer_changes_after_so_many_in_a_row_and_not_before(
     said: list[bool], failures: int, successes: int, hurried: bool
 ) -> None:
-    probe, gauge = Probe(tcp="x", failures=failures, successes=successes), begin(hurried)
+    probe, gauge = Probe(tcp="x", failures=failures, successes=successes), Gauge(not hurried)
     for number, good in enumerate(said):
         before, gauge = gauge, after(probe, gauge, good)
         needed = successes if good else failures

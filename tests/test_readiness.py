@@ -137,6 +137,8 @@ def test_time_in_which_we_were_not_there_does_not_count() -> None:
     """REL-52: a supervisor that was stopped does not blame its workers."""
     story = running(DOG).tell(Ready(1)).later(32.0).tell(Tick())
     assert (story.state, story.worker.deadline) == (State.RUNNING, story.now + 2.0)
+    story = running(DOG).tell(Ready(1)).later(2.1).tell(Tick())
+    assert (story.state, story.worker.deadline) == (State.RUNNING, story.now + 0.25), "the last news may be old ones"
     story = running(ASKED).later(5.7).tell(Tick())
     assert story.state is State.STARTING
     assert story.worker.deadline == pytest.approx(story.now + 0.7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -211,6 +212,21 @@ def test_heartbeats_that_nobody_heard_count(tmp_path: Path) -> None:
         assert (worker["state"], worker["generation"], worker["ready"]) == ("running", 1, True)
 
     over_a_death(tmp_path, pools, meanwhile, after)
+
+
+def test_a_supervisor_that_stood_still_blames_nobody(tmp_path: Path) -> None:
+    """REL-52: the line holds old news when it goes on."""
+    code = "send('READY=1')\nfor n in range(100000): send('WATCHDOG=1\\nSTATUS=%d' % n); time.sleep(0.02)"
+    with Up(tmp_path, program(code, ready='{ notify = "sd" }', watchdog='"1s"')) as up:
+        up.wait("started", "web/0")
+        for seconds in (1.1, 1.3, 2.5):
+            up.send(signal.SIGSTOP)
+            time.sleep(seconds)  # longer than the interval
+            up.send(signal.SIGCONT)
+            now = int(up.worker("web/0")["status_text"])
+            wait_for(lambda now=now: int(up.worker("web/0")["status_text"]) > now + 75)  # type: ignore[misc]
+        worker = up.worker("web/0")
+        assert (worker["state"], worker["generation"], worker["ready"]) == ("running", 1, True)
 
 
 def test_a_stop_command_is_not_run_twice(tmp_path: Path) -> None:
