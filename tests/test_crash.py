@@ -7,9 +7,10 @@ from pathlib import Path
 import crash
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0, reason="needs root: a pidfd of the init of a dead supervisor's child"
-)
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a pidfd of the init of a dead supervisor's child"),
+    pytest.mark.timeout(300),
+]
 
 
 def test_a_supervisor_killed_at_any_instant_loses_and_doubles_nothing(tmp_path: Path) -> None:
