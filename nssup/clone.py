@@ -121,6 +121,11 @@ class Launcher:
             self._closes = on_error.pop_all()
 
     @property
+    def null(self) -> int:
+        """/dev/null, for reading and writing; stays the launcher's."""
+        return self._null
+
+    @property
     def own_pidfd(self) -> int:
         """A pidfd of this process, which inits hold to see its end."""
         return self._self

@@ -187,7 +187,6 @@ class Crew:
         self._epoll = select.epoll()
         self._watch(self._wakeup, self._woken)
         self._launcher = clone.Launcher()
-        self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         self._thread: threading.Thread | None = None
         self._setup = b""
         self._on_over: list[Callable[[], object]] = []
@@ -340,7 +339,6 @@ class Crew:
         self.over.set()
         self._epoll.close()
         self._launcher.close()
-        os.close(self._null)
         os.close(self._wakeup)
         callbacks, self._on_over = self._on_over, []
         for callback in callbacks:
@@ -424,7 +422,7 @@ class Crew:
 
     def _outputs(self) -> tuple[int, int]:
         """This process's own stdout and stderr, as other executors' workers have them."""
-        return (1 if _is_open(1) else self._null, 2 if _is_open(2) else self._null)
+        return (1 if _is_open(1) else self._launcher.null, 2 if _is_open(2) else self._launcher.null)
 
     def _on_line(self, worker: _Worker) -> None:
         for message in worker.process.receive():

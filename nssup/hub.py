@@ -263,6 +263,7 @@ class Life:
                 self.failed = message
             elif isinstance(message, wire.Empty):
                 self._init.release()
+                self._hub.watch.remove(self._init.line)  # it has said all
 
     def _on_gone(self) -> None:
         seen = self._init.reap()

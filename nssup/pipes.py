@@ -7,8 +7,8 @@ pipe(7).
 import asyncio
 import os
 import select
+from abc import ABC, abstractmethod
 from collections import deque
-from typing import Protocol, runtime_checkable
 
 from nssup.watch import Watch
 
@@ -16,15 +16,21 @@ CHUNK = 64 * 1024  # what a pipe holds, unless its program made it larger
 LARGEST_PIPE = 1 << 20  # fs.pipe-max-size, which only root may go beyond
 
 
-@runtime_checkable
-class Sink(Protocol):
+class Sink(ABC):
     """Where a ReadEnd puts what it reads."""
 
-    def take(self, data: bytes) -> None: ...
-    def end(self) -> None: ...
+    __slots__ = ()
+
+    @abstractmethod
+    def take(self, data: bytes) -> None:
+        """The next bytes."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """There will be no more."""
 
 
-class Capture:
+class Capture(Sink):
     """Keeps the first `limit` bytes and counts the others."""
 
     def __init__(self, limit: int) -> None:
@@ -61,7 +67,7 @@ class _Reading(asyncio.ReadTransport):
         self._pipe.resume()
 
 
-class Stream:
+class Stream(Sink):
     """Passes on to an asyncio.StreamReader, which holds the pipe back while twice its limit waits to be read."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:

@@ -18,6 +18,7 @@ from nssup.errors import NssupError
 from nssup.events import Exit
 from nssup.frames import BadFrame, Frames, Lines, Values
 from nssup.hub import Life, hub, insist
+from nssup.pipes import Sink
 from nssup.process import Command, SpecKeys, Stdio, begin, failure, plan_of
 from nssup.units import size
 
@@ -77,7 +78,7 @@ class _Ended(Exception):
     """The worker's stdout has ended."""
 
 
-class _Answers:
+class _Answers(Sink):
     """What a worker writes, as the one who waits for its answer gets it."""
 
     def __init__(self, frames: Frames) -> None:
