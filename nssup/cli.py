@@ -385,6 +385,10 @@ def _ctl(arguments: "Namespace") -> int:
         return _reexec(o)
     if verb.name == "exec":
         return _exec(o)
+    if verb.name == "top" and not o.json:
+        from nssup import top
+
+        return top.run(o.socket or client.default_socket(), o.selectors, getattr(o, "every", None))
     return client.perform(verb, o)
 
 

@@ -13,7 +13,7 @@ NONE = "-"
 PRECEDENCE = ("running", "starting", "stopping", "backoff", "waiting", "lost", "failed", "stopped", "done")
 
 _RESET = "\x1b[0m"
-_COLORS = {
+COLORS = {
     "running": "\x1b[32m",
     "done": "\x1b[32m",
     "starting": "\x1b[36m",
@@ -24,7 +24,7 @@ _COLORS = {
     "lost": "\x1b[31m",
     "stopped": "\x1b[2m",
 }
-_HEAD = "\x1b[1m"
+HEAD = "\x1b[1m"
 _PARTLY = "\x1b[33m"
 
 
@@ -212,20 +212,20 @@ def table(
     for worker in document["workers"]:
         by_pool.setdefault(worker["pool"], []).append(worker)
     rows = [list(COLUMNS)]
-    paints = [_HEAD]
+    paints = [HEAD]
     for pool in document["pools"]:
         workers = by_pool[pool["name"]]
         if pool["name"] not in folds and workers and (unfold or (len(workers) == 1 and pool["wanted"] <= 1)):
-            rows += [_worker_row(worker) for worker in workers]
-            paints += [_COLORS.get(worker["state"], "") for worker in workers]
+            rows += [worker_row(worker) for worker in workers]
+            paints += [COLORS.get(worker["state"], "") for worker in workers]
         else:
             rows.append(_pool_row(pool, folds.get(pool["name"]) or fold(workers)))
             partly = pool["state"] == "running" and pool["ready"] < pool["wanted"]
-            paints.append(_PARTLY if partly else _COLORS.get(pool["state"], ""))
-    return _lines(rows, paints if color else None, width)
+            paints.append(_PARTLY if partly else COLORS.get(pool["state"], ""))
+    return aligned(rows, paints if color else None, width)
 
 
-def _worker_row(w: WorkerDocument) -> list[str]:
+def worker_row(w: WorkerDocument) -> list[str]:
     alive = w["host_pid"] is not None
     return [
         w["id"],
@@ -280,7 +280,7 @@ def _ended_at(w: WorkerDocument) -> str:
     return (last["at"] or "") if last else ""
 
 
-def _lines(
+def aligned(
     rows: list[list[str]], paints: list[str] | None, width: int | None, numbers: frozenset[str] = _NUMBERS
 ) -> str:
     """Aligned columns, two spaces between; the colour goes on the STATE cell, on the whole first line. The first row
@@ -349,8 +349,8 @@ def stats(found: Sequence[StatsDocument], *, color: bool = False, width: int | N
         used = [duration(s["cpu_seconds"]), size(s["memory_bytes"])]
         counts = [str(s["processes"]), str(s["threads"])]
         rows.append([s["id"], s["state"], *counts, *used, str(s["restarts"]), size(s["log_dropped_bytes"])])
-    paints = [_HEAD, *(_COLORS.get(s["state"], "") for s in found)]
-    return _lines(rows, paints if color else None, width, frozenset(_STATS_COLUMNS[2:]))
+    paints = [HEAD, *(COLORS.get(s["state"], "") for s in found)]
+    return aligned(rows, paints if color else None, width, frozenset(_STATS_COLUMNS[2:]))
 
 
 def _cut(line: str, width: int | None) -> str:

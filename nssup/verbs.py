@@ -203,6 +203,15 @@ VERBS = {
             options=(Option("-n", "the last N of each (10, which are all)", kind="count", metavar="N"),),
         ),
         Verb(
+            "top",
+            "GET /v1/status",
+            "see",
+            "workers on the full screen, live, by what they use",
+            operands="SEL*",
+            options=(Option("-d --every", "look so often (2s)", sent="", kind="seconds", metavar="S"),),
+            details="On no terminal: one look, as a table.",
+        ),
+        Verb(
             "pid",
             "GET /v1/status",
             "see",
@@ -319,7 +328,7 @@ VERBS = {
     )
 }
 # Those that ask more than once, or read an answer that has no end: left to cli.
-LONG = frozenset(name for name, verb in VERBS.items() if verb.streams or name in ("reexec", "exec"))
+LONG = frozenset(name for name, verb in VERBS.items() if verb.streams or name in ("reexec", "exec", "top"))
 
 # --- the commands ----------------------------------------------------------------------------------------------------
 

@@ -501,7 +501,7 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_the_api_and_the_command_line_have_the_same_verbs() -> None:
     of_api = {route.verb for route in ROUTES if route.verb}
-    assert of_api | {"pid"} == set(VERBS)
+    assert of_api | {"pid", "top"} == set(VERBS)
 
 
 def test_the_exit_codes_are_those_of_the_package() -> None:

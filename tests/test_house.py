@@ -22,7 +22,7 @@ ROWS = [
     "spec events record wire keys document envfile handover",
     "machine restart history explain readiness dependencies rollout schedule adopt lines config diff render selection "
     "plan openapi access audit probing sockets scenario",
-    "effective metrics completion frames",
+    "screen effective metrics completion frames",
     "workers",
     "backlog clone custody watch probe logs cgroup network sandbox doctor facts terminal procfs lives listener staging "
     "snapshot logfile logread logpool intake follower framing journal desired systemd reexec notify commands "
@@ -34,7 +34,7 @@ ROWS = [
     "seeing doing following reviewing",
     "routes",
     "ctl client",
-    "inside",
+    "inside top",
     "__main__ cli fast up",
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
