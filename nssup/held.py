@@ -16,6 +16,7 @@ from typing import NamedTuple
 from nssup.address import Address
 from nssup.errors import ControlError, ExitCode
 from nssup.sockets import Key, Spare, Wanted
+from nssup.spec import SocketSpec
 
 _FAMILIES = {socket.AF_INET, socket.AF_INET6, socket.AF_UNIX}
 _IPV6_PROTOCOL = 41
@@ -121,7 +122,7 @@ class Sockets:
         still = {each.key: each for each in missing}
         for worker, fd in kept:
             for key, each in still.items():
-                sock = _taken(fd, each) if key.worker in ("", worker) else None
+                sock = _taken(fd, each) if key.worker in ("", worker) or _is_alone(each) else None
                 if sock is not None:
                     self._add(each, sock, new)
                     del still[key]
@@ -130,6 +131,21 @@ class Sockets:
                 os.close(fd)
             if not still:
                 return
+
+    def hold_rest(self, pool: str, kept: Iterable[tuple[str, int]]) -> None:
+        """Hold copies of what a pool has that is on its way out, but for what is held already: so the file of a socket
+        goes with the last of its workers."""
+        there = {os.fstat(held.sock.fileno()).st_ino for held in self._held.values()}
+        for _, fd in kept:
+            sock = None if os.fstat(fd).st_ino in there else _opened(fd)
+            at = None if sock is None else bound_address(sock)
+            if sock is None or at is None or at.kind != "unix":
+                os.close(fd if sock is None else sock.detach())
+                continue
+            there.add(os.fstat(fd).st_ino)
+            key = Key("", str(at), pool)
+            self._held[key] = _Held(Wanted(key, SocketSpec(name="", listen=()), at), sock, made=True, others=True)
+            self._held[key].pools.add(pool)
 
     def descriptors(self, wanted: Iterable[Wanted]) -> tuple[int, ...]:
         """Of sockets that are held, ours; for somebody who gets copies."""
@@ -142,7 +158,11 @@ class Sockets:
         return all(each.key in self._held for each in wanted)
 
     def listed(self, pool: str) -> list[Listed]:
-        return [Listed(key.name, held.address, key.worker) for key, held in self._held.items() if pool in held.pools]
+        return [
+            Listed(key.name, held.address, key.worker)
+            for key, held in self._held.items()
+            if pool in held.pools and key.name
+        ]
 
     # --- letting go --------------------------------------------------------------------------------------------------
 
@@ -202,9 +222,8 @@ def bound_address(sock: socket.socket) -> Address | None:
 
 def _taken(fd: int, wanted: Wanted, *, anywhere: bool = False) -> socket.socket | None:
     """The socket in fd, ours from here on, if it is what is wanted; else None, and fd is as before."""
-    try:
-        sock = socket.socket(fileno=fd)
-    except OSError:
+    sock = _opened(fd)
+    if sock is None:
         return None
     try:
         if _listens(sock) and (anywhere or _fits(sock, wanted.address)):
@@ -215,10 +234,17 @@ def _taken(fd: int, wanted: Wanted, *, anywhere: bool = False) -> socket.socket 
     return None
 
 
-def _drop(spare: Spare) -> None:
+def _opened(fd: int) -> socket.socket | None:
+    """None when it is no socket; then it is still the caller's."""
     try:
-        sock = socket.socket(fileno=spare.fd)
-    except OSError:  # it is no socket
+        return socket.socket(fileno=fd)
+    except OSError:
+        return None
+
+
+def _drop(spare: Spare) -> None:
+    sock = _opened(spare.fd)
+    if sock is None:
         os.close(spare.fd)
         return
     with sock:
@@ -226,6 +252,11 @@ def _drop(spare: Spare) -> None:
         if spare.made and at is not None and at.kind == "unix":
             with contextlib.suppress(OSError):
                 os.unlink(at.place)
+
+
+def _is_alone(wanted: Wanted) -> bool:
+    """Whether no other socket can have its address: then whoever has that has this one."""
+    return not wanted.spec.reuse_port and (wanted.address.kind == "unix" or wanted.address.port != 0)
 
 
 def _listens(sock: socket.socket) -> bool:

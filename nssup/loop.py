@@ -551,6 +551,8 @@ class Supervisor:
             self.workers.note("lost", now(), pool=pool, reason=worker.reason, detail={"worker": worker.id})
         self._claims[pool] = [claim for claim in claims if claim.adopted.worker not in lost]
         if self._claims[pool]:
+            with contextlib.suppress(OSError):
+                self.sockets.hold_rest(pool, self._kept_sockets([pool]))
             self.add_pool(PoolSpec(name=pool, command=("-",), workers=0, enabled=False))
             del self._configured[pool]
             self.remove_pool(pool)
@@ -612,7 +614,8 @@ class Supervisor:
         Raises ControlError.
         """
         desired = spec if self._desired is None else self._desired.applied_to(spec)
-        self._have_sockets(desired, range(desired.workers))
+        left = [claim.adopted.worker.index for claim in self._claims.get(spec.name, ()) if claim.processes]
+        self._have_sockets(desired, sorted({*range(desired.workers), *left}))  # who goes leaves no file behind
         return desired
 
     def _have_sockets(self, spec: PoolSpec, indexes: Iterable[int]) -> None:
@@ -627,9 +630,9 @@ class Supervisor:
     def _socket_owner(self, wanted: sockets.Wanted) -> tuple[int, int]:
         return config.socket_owner(wanted.spec, self._host)[0]
 
-    def _kept_sockets(self) -> Generator[tuple[str, int], None, None]:
+    def _kept_sockets(self, pools: Iterable[str] | None = None) -> Generator[tuple[str, int], None, None]:
         """(worker id, copy of a socket that its init keeps), the caller's, of all that was found. Raises OSError."""
-        for claim in [claim for claims in self._claims.values() for claim in claims]:
+        for claim in [claim for pool in pools or self._claims for claim in self._claims[pool]]:
             for process in claim.processes:
                 copies = process.sockets()
                 try:

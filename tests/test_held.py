@@ -395,6 +395,29 @@ def test_a_socket_for_each_worker_comes_and_goes_with_it(tmp_path: Path) -> None
 
 
 @needs_namespaces
+@pytest.mark.parametrize(
+    ("change", "left"), [(("workers = 2", "workers = 1"), [True, False]), (("pool.web", "pool.x"), [True, False])]
+)
+def test_what_nobody_wants_any_more_leaves_no_file(tmp_path: Path, change: tuple[str, str], left: list[bool]) -> None:
+    """Of workers that the config of a later supervisor has no more, or of its pools."""
+    path = [tmp_path / "http-0", tmp_path / "http-1"]
+    pools = config(tmp_path, f'"unix://{tmp_path}/http-{{index}}"', "workers = 2")
+    with Up(tmp_path, pools) as up:
+        up.leaves = True
+        up.wait_running("web/0", "web/1")
+        up.process.kill()
+        up.wait_end()
+    pools = pools.replace(*change)
+    if "pool.x" in pools:
+        pools = pools.replace("workers = 2", "workers = 1")
+    with Up(tmp_path, pools) as up:
+        up.wait("pool_removed" if "pool.x" in pools else "removed", "web" if "pool.x" in pools else "web/1")
+        assert [each.exists() for each in path] == left
+        assert asked(f"unix://{path[0]}")["worker"] in ("web/0", "x/0")
+    assert not any(each.exists() for each in path)
+
+
+@needs_namespaces
 def test_one_port_for_all_workers(tmp_path: Path) -> None:
     """The kernel shares connections out, and each socket goes to its own worker's next life, whoever is supervisor."""
     with socket.socket() as reserved:
