@@ -218,7 +218,8 @@ class Supervisor:
                 opened.callback(self._custody.close)
                 self._desired = Desired(Path(self.spec.state_dir, "desired.json"), self.epoch)
                 self._backlog = self._open_backlog(Path(self.spec.runtime_dir, "events"))
-                opened.callback(self._backlog.close)
+                if self._backlog is not None:
+                    opened.callback(self._backlog.close)
             self.logs = LogHub(self._loop, log_dir, time.time, on_error=self._log_failed)
             opened.push_async_callback(self.logs.close)
             self._watch = Watch(self._loop)
@@ -652,10 +653,13 @@ class Supervisor:
         except OSError as error:
             raise refused(error, "make a place for notify sockets") from None
 
-    def _open_backlog(self, path: Path) -> Backlog:
+    def _open_backlog(self, path: Path) -> Backlog | None:
+        """None where there is no room for it: who is killed then may leave its last events untold."""
         try:
             return Backlog(path)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return None
             raise refused(error, "use", path) from None
 
     def _open_journal(self) -> Journal:

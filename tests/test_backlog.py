@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from typing import TYPE_CHECKING
@@ -12,7 +13,9 @@ import pytest
 from nssup import backlog
 from nssup.backlog import Backlog
 from nssup.events import Event, Exit
+from nssup.loop import Supervisor
 from nssup.snapshot import event_line
+from nssup.spec import SupervisorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,6 +184,21 @@ def test_what_cannot_be_written_stays(kept: Backlog, path: Path) -> None:
         found.hand_over(path.with_name("elsewhere"))
     found.close()
     assert left(path) == EVENTS
+
+
+async def test_a_supervisor_does_without_it_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    state, run, log = (str(tmp_path / name) for name in ("state", "run", "log"))
+    spec = SupervisorSpec(state_dir=state, runtime_dir=run, log_dir=log, socket=f"{run}/nssup.sock")
+    async with Supervisor(spec) as supervisor:
+        supervisor.workers.note("reload_refused", 1.0)
+    records = (tmp_path / "log" / "nssup.jsonl").read_text().splitlines()
+    assert [msgspec.json.decode(record)["event"] for record in records] == ["reload_refused"]
 
 
 def test_nothing_is_touched_where_nothing_was_left(path: Path) -> None:
