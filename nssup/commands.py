@@ -1,5 +1,6 @@
 """Commands that inits run beside their programs: numbers, and who waits for the end of each."""
 
+import errno
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -20,6 +21,11 @@ def failure(done: wire.Done) -> str | None:
         return "timeout"
     ended = exit_of_message(done.exit)
     return None if ended.code == 0 else ended.reason
+
+
+def hindered(done: wire.Done) -> bool:
+    """Whether it never ran for want of room, and not through anything of its own."""
+    return done.step != wire.Step.EXEC and done.errno in (errno.EAGAIN, errno.ENOMEM, errno.ESRCH)
 
 
 class Commands:

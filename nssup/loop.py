@@ -65,7 +65,7 @@ from nssup.facts import Host
 from nssup.follower import Follower
 from nssup.journal import Journal, Mode
 from nssup.logs import LogHub, Passed, Streams
-from nssup.probe import LineWatch
+from nssup.probe import LineWatch, NotAsked
 from nssup.selection import pool_of
 from nssup.spec import OWN_LOG, PoolSpec, SupervisorSpec, validate
 from nssup.staging import Staging
@@ -952,25 +952,28 @@ class Supervisor:
     async def run_probe(self, worker_id: str, generation: int, words: tuple[str, ...], seconds: float) -> str | None:
         life = self._lives.get((worker_id, generation))
         if life is None:
-            return "gone"
-        answer: asyncio.Future[str | None] = self._loop.create_future()
+            raise NotAsked
+        answer: asyncio.Future[wire.Done] = self._loop.create_future()
 
         def ended(done: wire.Done) -> None:
             if not answer.done():
-                answer.set_result(commands.failure(done))
+                answer.set_result(done)
 
         index = self.workers.workers[worker_id].index
         argv, candidates = self._prepared[life.pool].command(words, index, generation)
         number = self._commands.run(life.process, argv, candidates, ended, timeout=seconds)
         if number is None:
-            return "not-run:EAGAIN"
+            raise NotAsked
         try:
             async with asyncio.timeout(seconds + _COMMAND_GRACE):
-                return await answer
+                done = await answer
         except TimeoutError:
             return "timeout"
         finally:
             self._commands.abandon(life.process, number)
+        if commands.hindered(done):
+            raise NotAsked
+        return commands.failure(done)
 
     async def run_inside(self, worker_id: str, argv: Sequence[bytes], stdio: Sequence[int]) -> wire.Done | None:
         """A command beside the worker's program, as its user, until it has ended. None: the worker ended, and it with

@@ -93,6 +93,10 @@ async def _ask_http(url: str) -> None:
         raise Failed(f"HTTP status {int(status[1])}")
 
 
+class NotAsked(Exception):  # goes no further than the prober, which tries again
+    """The program could not be asked, which says nothing about it."""
+
+
 class _Record(msgspec.Struct):
     worker: str | None = None
     generation: int | None = None

@@ -13,7 +13,7 @@ from nssup import probing
 from nssup.events import LifeInput, State
 from nssup.follower import Follower
 from nssup.machine import Worker
-from nssup.probe import Failed, LineWatch, ask
+from nssup.probe import Failed, LineWatch, NotAsked, ask
 from nssup.probing import Gauge, Name
 from nssup.readiness import awaited, awaits_startup, succeeded
 from nssup.spec import PoolSpec, Probe, expand
@@ -35,7 +35,7 @@ class Shell(Protocol):
         """Told of the first failure after a success, and of one that changes something."""
 
     async def run_probe(self, worker_id: str, generation: int, words: tuple[str, ...], seconds: float) -> str | None:
-        """Runs a command beside the program; why it failed, None if it did not."""
+        """Runs a command beside the program; why it failed, None if it did not. Raises NotAsked."""
 
     def watch_lines(self, watch: LineWatch) -> None: ...
     def unwatch_lines(self, watch: Follower) -> None: ...
@@ -225,7 +225,10 @@ class Prober:
     async def _try(self, worker_id: str, found: _Probed, name: Name, probe: Probe, index: int) -> None:
         """Cancelled when nobody wants to know any more."""
         task = found.tries[name]
-        why = await self._answer(worker_id, found.generation, probe, index)
+        try:
+            why: str | None = await self._answer(worker_id, found.generation, probe, index)
+        except NotAsked:
+            why = None
         if found.tries.get(name) is task:
             del found.tries[name]
             self._result(worker_id, found, name, why)
@@ -243,12 +246,17 @@ class Prober:
             return str(error)
         return ""
 
-    def _result(self, worker_id: str, found: _Probed, name: Name, why: str) -> None:
+    def _result(self, worker_id: str, found: _Probed, name: Name, why: str | None) -> None:
+        """why None: there is none."""
         there = self._shell.probed(worker_id)
         if there is None or self._probed.get(worker_id) is not found or name not in found.gauges:
             return
         spec, worker = there
         before, hurried = found.gauges[name]
+        if why is None:
+            found.gauges[name] = (before._replace(tries=before.tries + 1), hurried)
+            self._schedule(worker_id, spec, found, name)
+            return
         now = probing.after(getattr(spec, name), before, not why)
         found.gauges[name] = (now, hurried)
         found.last[name] = Outcome(why, self._shell.now())

@@ -248,6 +248,21 @@ async def test_a_command_that_hangs_counts_as_failed() -> None:
 
 
 @needs_namespaces
+async def test_who_could_not_be_asked_is_not_blamed() -> None:
+    """So many commands run beside it that there is no room for the probe's."""
+    spec = pool(startup=Probe(exec=("true",)), live=Probe(exec=("true",), every=QUICK, failures=1))
+    async with watched(spec) as (supervisor, seen):
+        await seen.wait("started", "web/0")
+        process = supervisor._lives["web/0", 1].process
+        for number in range(16):
+            assert process.spawn(1 << 20 | number, (b"sleep", b"1000"), (b"/bin/sleep",), ())
+        before = len(seen.events)
+        await until(lambda: supervisor._commands._number > 60)
+        assert supervisor.workers.workers["web/0"].state is State.RUNNING
+        assert len(seen.events) == before
+
+
+@needs_namespaces
 async def test_a_startup_probe_that_gives_up() -> None:
     async with watched(pool(startup=Probe(exec=("false",), every=QUICK, failures=3))) as (_, seen):
         begun = await seen.wait("stop_begun", "web/0")
