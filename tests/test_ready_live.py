@@ -159,6 +159,7 @@ def test_a_line_said_before_the_supervisor_died_still_counts(tmp_path: Path) -> 
     over_a_death(tmp_path, pools, meanwhile, after)
 
 
+@pytest.mark.slow
 def test_the_time_to_start_goes_on(tmp_path: Path) -> None:
     pools = program("signal.pause()", ready='{ notify = "sd" }', start_timeout='"4s"')
     pools += '[pool.web.restart]\npolicy = "never"\n'
@@ -192,6 +193,7 @@ def test_probes_go_on(tmp_path: Path) -> None:
     over_a_death(tmp_path, pools, meanwhile, after)
 
 
+@pytest.mark.slow
 def test_heartbeats_that_nobody_heard_count(tmp_path: Path) -> None:
     """It beats, nobody hears it for longer than the interval, and it is not blamed."""
     code = "send('READY=1')\nfor n in range(100000): send('WATCHDOG=1\\nSTATUS=%d' % n); time.sleep(0.05)"
@@ -214,6 +216,7 @@ def test_heartbeats_that_nobody_heard_count(tmp_path: Path) -> None:
     over_a_death(tmp_path, pools, meanwhile, after)
 
 
+@pytest.mark.slow
 def test_a_supervisor_that_stood_still_blames_nobody(tmp_path: Path) -> None:
     """REL-52: the line holds old news when it goes on."""
     code = "send('READY=1')\nfor n in range(100000): send('WATCHDOG=1\\nSTATUS=%d' % n); time.sleep(0.02)"
