@@ -88,17 +88,17 @@ def seeded(seed: str, *, mean_life: float = 600.0, trouble: float = 0.05) -> Fat
 
 
 class _Life:
-    """One fake life. ended: its program is gone. over: nothing more is heard of it but Gone. silent_at: from when on
-    its watchdog is not fed."""
+    """One fake life. ended: its program is gone. over: nothing more is heard of it but Gone. killed: we did that,
+    and its init is not reaped yet. silent_at: from when on its watchdog is not fed."""
 
-    __slots__ = ("ended", "fate", "generation", "over", "silent_at", "worker_id")
+    __slots__ = ("ended", "fate", "generation", "killed", "over", "silent_at", "worker_id")
 
     def __init__(self, worker_id: str, generation: int, fate: Fate) -> None:
         self.worker_id = worker_id
         self.generation = generation
         self.fate = fate
         self.ended = False
-        self.over = False
+        self.over = self.killed = False
         self.silent_at = math.inf
 
 
@@ -286,12 +286,14 @@ class Simulation:
         return Exited(life.generation, how, empty=life.fate.rest == 0)
 
     def _signal(self, worker_id: str, action: SignalMain | SignalTree | KillTree | RunCommand) -> None:
-        found = [life for life in self._lives[worker_id] if life.generation == action.generation and not life.over]
-        if not found:
+        found = [life for life in self._lives[worker_id] if life.generation == action.generation]
+        if not found or (found[0].over and not found[0].killed):
             raise ImpossibleEvent(f"{worker_id}: {action} to a life that is over")
         life = found[0]
+        if life.killed:
+            return  # on its way out: nothing hears it
         if isinstance(action, KillTree):
-            life.over = True
+            life.over = life.killed = True
             self._later(life.fate.reap, life, Gone(life.generation))
         elif isinstance(action, RunCommand):
             self._later(life.fate.obeys, life, self._exited(life, Exit(reason="exit:0", code=0)))

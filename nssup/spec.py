@@ -284,6 +284,11 @@ def problems(spec: PoolSpec) -> list[tuple[str, str]]:
         found.append(("command", "is empty: name the program to run"))
     if spec.workers < 0:
         found.append(("workers", "cannot be negative"))
+    found += [
+        (f"requires.{name}", 'must be a spec.Requirement, such as Requirement(when="ready")')
+        for name, requirement in spec.requires.items()
+        if not isinstance(requirement, Requirement)
+    ]
     for key, text in spec_texts(spec):
         if "\0" in text:
             found.append((key, "holds a NUL byte, which no program can receive"))
