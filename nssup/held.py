@@ -119,17 +119,22 @@ class Sockets:
                 return
 
     def _take_kept(self, missing: Collection[Wanted], kept: Iterator[tuple[str, int]], new: list[Key]) -> None:
-        still = {each.key: each for each in missing}
+        left = {each.key for each in missing}
+        of_worker: dict[str, list[Wanted]] = {}
+        for each in missing:
+            of_worker.setdefault(each.key.worker, []).append(each)
+        alone: dict[Address | None, Wanted] = {each.address: each for each in missing if _is_alone(each)}
         for worker, fd in kept:
-            for key, each in still.items():
-                sock = _taken(fd, each) if key.worker in ("", worker) or _is_alone(each) else None
+            there = alone.get(_address_of(fd))
+            for each in [*of_worker.get(worker, ()), *of_worker.get("", ()), *([there] if there else ())]:
+                sock = _taken(fd, each) if each.key in left else None
                 if sock is not None:
                     self._add(each, sock, new)
-                    del still[key]
+                    left.remove(each.key)
                     break
             else:
                 os.close(fd)
-            if not still:
+            if not left:
                 return
 
     def hold_rest(self, pool: str, kept: Iterable[tuple[str, int]]) -> None:
@@ -240,6 +245,16 @@ def _opened(fd: int) -> socket.socket | None:
         return socket.socket(fileno=fd)
     except OSError:
         return None
+
+
+def _address_of(fd: int) -> Address | None:
+    sock = _opened(fd)
+    if sock is None:
+        return None
+    try:
+        return bound_address(sock)
+    finally:
+        sock.detach()
 
 
 def _drop(spare: Spare) -> None:

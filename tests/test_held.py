@@ -667,6 +667,29 @@ def test_what_an_init_kept_is_taken_if_it_is_what_is_wanted(left: str, listen: s
         os.fstat(fd)
 
 
+@pytest.mark.parametrize("renamed", [False, True])
+def test_each_worker_has_its_own_again(tmp_path: Path, renamed: bool) -> None:
+    """Or who has its place, when the pool has another name."""
+    spec = SocketSpec(name="http", listen=(f"unix://{tmp_path}/{{index}}",))
+    before, after = held.Sockets(), held.Sockets()
+    pool = PoolSpec(name="web", command=("x",), sockets=(spec,))
+    wants = sockets.of_workers(pool, range(300)).values()
+    before.open("web", wants, as_it_is)
+    inodes = [os.fstat(fd).st_ino for fd in before.descriptors(wants)]
+
+    def kept() -> Any:  # noqa: ANN401 - a generator
+        for want in reversed(wants):
+            yield want.key.worker, os.dup(before.descriptors([want])[0])
+
+    pool = PoolSpec(name="site" if renamed else "web", command=("x",), sockets=(spec,))
+    wants_after = sockets.of_workers(pool, range(300)).values()
+    after.open("web", wants_after, as_it_is, kept)
+    assert [os.fstat(fd).st_ino for fd in after.descriptors(wants_after)] == inodes
+    before.close(keep_files=True)
+    after.close(keep_files=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_belongs_to_another_worker_is_not_taken() -> None:
     own = socket.create_server(("127.0.0.1", 0))
     want = wanted("tcp://127.0.0.1:0", worker="web/0")
