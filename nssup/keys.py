@@ -535,12 +535,29 @@ LIMITS = {
     **{name: later("Control group limits.") for name in ("memory", "cpu", "pids", "io", "oom")},
 }
 
+
+def at_least(kind: Kind, least: int) -> Kind:
+    def take(value: object) -> int:
+        taken: int = kind.take(value)
+        if taken < least:
+            _fail(f"{value!r} is too small: write {least} bytes or more")
+        return taken
+
+    return Kind(kind.name, take)
+
+
 LOG = {
     "merge": Key(FLAG, "false", "stdout and stderr share one pipe: their order is kept, every record says `stdout`."),
+    "size": Key(
+        at_least(SIZE, 64 * 1024),
+        "",
+        "A file that is as large is set aside: POOL.jsonl becomes POOL.jsonl.1, that .2, and so on. Without: never.",
+    ),
+    "keep": Key(whole(1, 9999), "9", "How many files that were set aside stay."),
     **{
         name: later("Log files and sinks.")
         for name in (
-            "size", "age", "keep", "total", "compress", "fsync", "multiline", "rate", "sink", "overflow", "on_error",
+            "age", "total", "compress", "fsync", "multiline", "rate", "sink", "overflow", "on_error",
         )
     },
 }  # fmt: skip

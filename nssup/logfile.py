@@ -23,7 +23,7 @@ from aiofiles.threadpool.utils import delegate_to_executor
 from nssup.errors import errno_name
 from nssup.framing import Sheet
 from nssup.lines import mark
-from nssup.logread import is_record, read_end, timestamp
+from nssup.logread import End, aside, is_record, read_end, timestamp
 
 if TYPE_CHECKING:
     from nssup.staging import Batch, Part
@@ -39,6 +39,7 @@ class _Opened(NamedTuple):
     size: int
     torn: bool
     last_ts: str
+    inode: int
 
 
 def _open_log(path: Path) -> _Opened:
@@ -60,7 +61,9 @@ def _open_log(path: Path) -> _Opened:
         os.close(fd)
         raise
     records = [line for line in end.split(b"\n")[:-1] if is_record(line)]
-    return _Opened(fd, status.st_size, end[-1:] not in (b"", b"\n"), timestamp(records[-1]) if records else "")
+    return _Opened(
+        fd, status.st_size, end[-1:] not in (b"", b"\n"), timestamp(records[-1]) if records else "", status.st_ino
+    )
 
 
 def _make_directory(path: Path) -> None:
@@ -108,12 +111,24 @@ class Written(NamedTuple):
     copies: list[Copy]
 
 
-class RecordFile:
-    """One file, appended to. Its methods are called one at a time, in whatever thread. size: what is in it."""
+class Rotation(NamedTuple):
+    """size: bytes of a file at which it is set aside; None: never. keep: how many set aside stay."""
 
-    def __init__(self, path: Path) -> None:
+    size: int | None
+    keep: int
+
+
+NEVER = Rotation(None, 0)
+
+
+class RecordFile:
+    """One log's file, appended to. Its methods are called one at a time, in whatever thread. size: what is in it."""
+
+    def __init__(self, path: Path, rotation: Rotation = NEVER) -> None:
         self.path = path
+        self.rotation = rotation
         self.size = 0
+        self.inode = 0
         self.last_ts = ""
         self._file: io.FileIO | None = None
         self._torn = False  # the file ends in the middle of a line
@@ -122,9 +137,30 @@ class RecordFile:
         """Raises OSError."""
         if self._file is None:
             opened = _open_log(self.path)
-            self.size, self._torn, self.last_ts = opened.size, opened.torn, opened.last_ts
+            self.size, self._torn, self.inode = opened.size, opened.torn, opened.inode
+            self.last_ts = max(self.last_ts, opened.last_ts)
             self._file = io.FileIO(opened.fd, "ab")
         return self._file
+
+    def renew(self) -> None:
+        """Between two batches: sets the file aside when it is large enough, and lets go of one that goes by another
+        name now, or by none. What cannot be renamed stays, and grows."""
+        if self._file is None:
+            return
+        try:
+            status = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            self.close()
+            return
+        if status.st_ino != self.inode:
+            self.close()
+        elif self.rotation.size is not None and status.st_size >= self.rotation.size and not self._torn:
+            with contextlib.suppress(OSError):
+                for number in range(self.rotation.keep - 1, 0, -1):
+                    with contextlib.suppress(FileNotFoundError):
+                        aside(self.path, number).rename(aside(self.path, number + 1))
+                self.path.rename(aside(self.path, 1))
+                self.close()
 
     def append(self, data: bytes | memoryview) -> tuple[int, OSError | None]:
         """Writes data, which is whole lines. Says how much of it, again in whole lines, is in the file now, and what
@@ -166,12 +202,18 @@ class RecordFile:
             return False
         return True
 
+    def append_renewed(self, data: bytes) -> tuple[int, OSError | None]:
+        """`renew`, then `append`."""
+        self.renew()
+        return self.append(data)
+
     def append_batch(self, batch: "Batch", sheet: Sheet, marks: bytes, most: int) -> Written:
         """Writes marks and then a batch of staged bytes, its intent noted where its own records begin, sheet by sheet.
 
         The batch can be committed afterwards, whatever became of it. most: bytes of its records to be copied.
         """
         size, lost, copies = 0, Counter[int](), list[Copy]()
+        self.renew()
         marked, error = self.append(marks) if marks else (0, None)
         if error is None:
             error = self._begin(batch)
@@ -204,6 +246,7 @@ class RecordFile:
         """A disk that fails now has failed before."""
         if self._file is not None:
             file, self._file = self._file, None
+            self._torn = False
             with contextlib.suppress(OSError):
                 file.close()
 
@@ -228,28 +271,33 @@ def _copies(parts: "list[Part]", records: memoryview, most: int) -> list[Copy]:
     return copies
 
 
-@delegate_to_executor("append", "append_batch", "close")
+@delegate_to_executor("append_renewed", "append_batch", "close")
 class _OffLoop(AsyncBase):  # type: ignore[type-arg]  # it is generic in its stubs only
     """A RecordFile as aiofiles has files: its methods run on the executor."""
 
     if TYPE_CHECKING:
 
-        async def append(self, data: bytes | memoryview) -> tuple[int, OSError | None]: ...
+        async def append_renewed(self, data: bytes) -> tuple[int, OSError | None]: ...
         async def append_batch(self, batch: Batch, sheet: Sheet, marks: bytes, most: int) -> Written: ...
         async def close(self) -> None: ...
 
 
 class LogFile:
-    """A RecordFile, off the loop. size and last_ts are as of the last call that has returned."""
+    """A RecordFile, off the loop. end and last_ts are as of the last call that has returned."""
 
-    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop, executor: Callable[[], ThreadPoolExecutor]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        loop: asyncio.AbstractEventLoop,
+        executor: Callable[[], ThreadPoolExecutor],
+        rotation: Rotation = NEVER,
+    ) -> None:
         """executor: makes it if need be, with a single thread."""
-        self.path = path
-        self.size = 0
+        self.end = End(path, 0, 0)
         self.last_ts = ""
         self._loop = loop
         self._executor = executor
-        self._records = RecordFile(path)
+        self._records = RecordFile(path, rotation)
         self._off_loop: _OffLoop | None = None
 
     def open(self) -> None:
@@ -264,11 +312,20 @@ class LogFile:
         return self._off_loop
 
     def _note(self) -> None:
-        self.size, self.last_ts = self._records.size, self._records.last_ts
+        self.end = End(self._records.path, self._records.inode, self._records.size)
+        self.last_ts = self._records.last_ts
+
+    @property
+    def rotation(self) -> Rotation:
+        return self._records.rotation
+
+    @rotation.setter
+    def rotation(self, rotation: Rotation) -> None:
+        self._records.rotation = rotation
 
     async def append(self, data: bytes) -> tuple[int, OSError | None]:
-        """RecordFile.append."""
-        answer = await self._off().append(data)
+        """RecordFile.append_renewed."""
+        answer = await self._off().append_renewed(data)
         self._note()
         return answer
 

@@ -6,7 +6,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nssup.framing import PlainFramer
 from nssup.handover import Layout, StagingError
@@ -14,6 +14,9 @@ from nssup.intake import Pipe
 from nssup.lines import stamp
 from nssup.logfile import LogFile, Outage, Written, first_lost
 from nssup.staging import Batch, Full, Staging, finish
+
+if TYPE_CHECKING:
+    from nssup.logread import End
 
 HIGH = 8 * 1024 * 1024  # bytes of records a pool may have waiting for its file
 WRITE = 1024 * 1024  # bytes of records in one write, about
@@ -105,7 +108,7 @@ class Pool:
         self.lock = asyncio.Lock()  # held while a write is in flight
         self.waiting: deque[Chunk] = deque()
         self.in_flight: list[Chunk] = []
-        self.batch_done: asyncio.Future[int] | None = None  # the size of the file when the batch in flight is in it
+        self.batch_done: asyncio.Future[End] | None = None  # of the file, when the batch in flight is in it
         self.size = 0  # bytes of records in `waiting` and `in_flight`
         self.taken = 0  # bytes of records ever taken in
         self.settled = 0  # of these: written, or tried

@@ -1,8 +1,10 @@
 """Records read back from a file, from its end."""
 
+import itertools
 import os
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 BLOCK = 64 * 1024  # bytes of a file looked at at once, from its end
 LONGEST = 256 * 1024  # bytes of a record: more is none of ours
@@ -55,19 +57,46 @@ def pick_last(lines: Iterable[bytes], n: int, workers: Container[str] | None) ->
     return found
 
 
-def last_records(path: Path, size: int, n: int, workers: Container[str] | None, limit: int) -> list[bytes]:
-    """The last n records within the first size bytes of a file, of which the last limit are looked at; [] where it
-    cannot be read."""
-    try:
-        fd = open_for_reading(path)
-    except OSError:
-        return []
-    try:
-        return pick_last(_lines_from_end(fd, min(size, os.fstat(fd).st_size), limit), n, workers)
-    except OSError:
-        return []
-    finally:
-        os.close(fd)
+class End(NamedTuple):
+    """Up to where a log was written: the name of its file, which file that was then, and its size. inode 0: none."""
+
+    path: Path
+    inode: int
+    size: int
+
+
+def aside(path: Path, number: int) -> Path:
+    """What a file of a log is called when it was set aside; 1 is the latest."""
+    return path.with_name(f"{path.name}.{number}")
+
+
+def last_records(end: End, n: int, workers: Container[str] | None, limit: int) -> list[bytes]:
+    """The last n records up to there, also of the files before that were set aside; limit: bytes looked at, at most.
+
+    Of a file that cannot be read there are none.
+    """
+    found: list[bytes] = []
+    seen: set[int] = set()
+    for path in itertools.chain([end.path], (aside(end.path, number) for number in itertools.count(1))):
+        try:
+            fd = open_for_reading(path)
+        except OSError:
+            break
+        try:
+            status = os.fstat(fd)
+            if status.st_ino in seen or (not seen and status.st_ino != end.inode):
+                continue  # set aside while we looked, or begun since then
+            size = status.st_size if seen else min(end.size, status.st_size)
+            seen.add(status.st_ino)
+            found = pick_last(_lines_from_end(fd, size, limit), n - len(found), workers) + found
+            limit -= size
+        except OSError:
+            break
+        finally:
+            os.close(fd)
+        if len(found) >= n or limit <= 0:
+            break
+    return found
 
 
 def _lines_from_end(fd: int, end: int, limit: int) -> Iterator[bytes]:

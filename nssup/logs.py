@@ -27,9 +27,9 @@ from nssup.follower import Follower
 from nssup.framing import Framer, Sheet
 from nssup.intake import DRY, NOT_NOW, WAITING, Intake
 from nssup.lines import seconds, stamp
-from nssup.logfile import LogFile
+from nssup.logfile import NEVER, LogFile, Rotation
 from nssup.logpool import STREAMS, Chunk, Counters, LogPipe, Pool, Streams
-from nssup.logread import last_records, pick_last, timestamp
+from nssup.logread import End, last_records, pick_last, timestamp
 from nssup.staging import Batch, Full, Staging
 
 SCAN = 64 * 1024 * 1024  # bytes of a file searched for its last records
@@ -79,8 +79,10 @@ class LogHub:
 
     # --- logs and streams ----------------------------------------------------------------------------------------
 
-    def open_pool(self, name: str, *, staged: bool = False, found: Iterable[int] = ()) -> None:
-        """Opens the log of a pool, LOG_DIR/NAME.jsonl. Opening it again does nothing.
+    def open_pool(
+        self, name: str, *, staged: bool = False, found: Iterable[int] = (), rotation: Rotation = NEVER
+    ) -> None:
+        """Opens the log of a pool, LOG_DIR/NAME.jsonl. Opening it again changes its rotation only.
 
         staged: its output goes through staging memory, so that none of it is lost or doubled when this process is
         killed. found: descriptors of such memory that inits of the pool kept, taken over; what a dead supervisor had
@@ -91,6 +93,8 @@ class LogHub:
         pool = self._pools.get(name)
         if pool is not None:
             pool.closing = False
+            if pool.file is not None:
+                pool.file.rotation = rotation
             return
         pool = self._pools[name] = Pool(name, self.counters, self._mark_dirty)
         if self._log_dir is None:
@@ -99,7 +103,7 @@ class LogHub:
         pool.staged = staged
         for fd in found:
             self._tell(pool, pool.take_over(fd, path))
-        pool.file = LogFile(path, self._loop, self._writer)
+        pool.file = LogFile(path, self._loop, self._writer, rotation)
         pool.file.open()
         pool.last_ts = pool.file.last_ts
         pool.wall(seconds(pool.last_ts) if pool.last_ts else 0.0)
@@ -414,7 +418,7 @@ class LogHub:
             written = await file.append_batch(batch, self._sheet, marks, FOLLOWED if audience else 0)
         finally:
             done, pool.batch_done = pool.batch_done, None
-            done.set_result(file.size)
+            done.set_result(file.end)
         for number, records, size in written.copies:
             worker_id = pool.owner(staging, number).worker_id
             for follower in audience:
@@ -520,15 +524,15 @@ class LogHub:
         recent = pick_last(pool.unwritten(), n, workers)
         if len(recent) == n:
             return recent
-        file, size = pool.file, pool.file.size
+        end = pool.file.end
         if pool.batch_done is not None:  # who follows from now on is not told of it any more
-            size = await asyncio.shield(pool.batch_done)
-        return await self._read_back(file.path, size, n - len(recent), workers) + recent
+            end = await asyncio.shield(pool.batch_done)
+        return await self._read_back(end, n - len(recent), workers) + recent
 
-    async def _read_back(self, path: Path, size: int, n: int, workers: Container[str] | None) -> list[bytes]:
+    async def _read_back(self, end: End, n: int, workers: Container[str] | None) -> list[bytes]:
         if self._reading is None:
             self._reading = ThreadPoolExecutor(1, "nssup-log-reader")
-        wanted = path, size, n, workers, SCAN
+        wanted = end, n, workers, SCAN
         try:
             return await self._loop.run_in_executor(self._reading, last_records, *wanted)
         except RuntimeError:  # no process left for another thread: the one that writes can do it
@@ -544,7 +548,7 @@ class LogHub:
         if pool.file is None:
             return pick_last(pool.kept(worker_id), n, workers)
         recent = pick_last(pool.unwritten(), n, workers)
-        return last_records(pool.file.path, pool.file.size, n - len(recent), workers, LAST) + recent
+        return last_records(pool.file.end, n - len(recent), workers, LAST) + recent
 
 
 def _bytes_in(fd: int) -> int:

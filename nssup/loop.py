@@ -64,6 +64,7 @@ from nssup.events import (
 from nssup.facts import Host
 from nssup.follower import Follower
 from nssup.journal import Journal, Mode
+from nssup.logfile import Rotation
 from nssup.logs import LogHub, Passed, Streams
 from nssup.probe import LineWatch, NotAsked
 from nssup.selection import pool_of
@@ -601,7 +602,8 @@ class Supervisor:
         except OSError as error:
             raise no_room(spec.name, error) from None
         try:
-            self.logs.open_pool(spec.name, staged=staged, found=found)
+            rotation = Rotation(spec.log.size, spec.log.keep)
+            self.logs.open_pool(spec.name, staged=staged, found=found, rotation=rotation)
         except OSError as error:
             self.logs.close_pool(spec.name)
             raise refused(error, "open") from None

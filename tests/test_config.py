@@ -188,6 +188,8 @@ stack = "8M"
 
 [pool.web.log]
 merge = true
+size = "1M"
+keep = 3
 """
 
 
@@ -234,7 +236,7 @@ def test_every_key() -> None:
                 "cpu": (60, 60),
                 "stack": (8 << 20, 8 << 20),
             },
-            log=LogSpec(merge=True),
+            log=LogSpec(merge=True, size=1 << 20, keep=3),
         )
     }
 
@@ -458,7 +460,7 @@ def test_what_comes_later_is_what_interface_promises() -> None:
     """The keys that people may write by the promised interface: each is there, or refused as not yet there."""
     for path in (
         "rolling recycle isolation credentials "
-        "limits.memory limits.cpu limits.pids limits.io limits.oom log.size log.age log.keep "
+        "limits.memory limits.cpu limits.pids limits.io limits.oom log.age "
         "log.total log.compress log.fsync log.multiline log.rate log.sink log.overflow log.on_error"
     ).split():
         assert "not in this version" in wrong_pool(f"{path} = 1")[0]

@@ -16,7 +16,7 @@ from nssup import intake, logpool
 from nssup.framing import Sheet
 from nssup.handover import Layout
 from nssup.lines import Record, content
-from nssup.logfile import RecordFile, Written
+from nssup.logfile import RecordFile, Rotation, Written
 from nssup.logs import LogHub, Streams
 from nssup.staging import Batch, Staging
 
@@ -297,3 +297,59 @@ async def test_who_follows_while_a_batch_is_written_has_it_from_the_tail(
         assert _decode(await anext(follower)).msg == "after"
         os.close(write)
         one.drain(life)
+
+
+# --- files that are set aside ----------------------------------------------------------------------------------------
+
+
+async def write_lines(one: LogHub, write: int, first: int, count: int) -> None:
+    """One batch for each line."""
+    for number in range(first, first + count):
+        before = one.counters.bytes_read
+        os.write(write, b"%d\n" % number)
+        await have_read(one, before + len(str(number)) + 1)
+        await one.flush()
+
+
+def messages(found: list[bytes]) -> list[str | None]:
+    return [_decode(record).msg for record in found]
+
+
+@asynccontextmanager
+async def rotating(log_dir: Path, rotation: Rotation) -> AsyncIterator[tuple[LogHub, int]]:
+    """A hub whose pool has these files, and the write end of a worker's stdout."""
+    async with hub(log_dir) as one:
+        one.open_pool("web", staged=True, rotation=rotation)
+        read, write = os.pipe()
+        life = attach(one, read)
+        yield one, write
+        os.close(write)
+        one.drain(life)
+
+
+async def test_large_files_are_set_aside_and_read_back(tmp_path: Path) -> None:
+    async with rotating(tmp_path, Rotation(500, 3)) as (one, write):
+        await write_lines(one, write, 0, 40)
+        names = ["web.jsonl", "web.jsonl.1", "web.jsonl.2", "web.jsonl.3"]
+        assert sorted(os.listdir(tmp_path)) == names
+        kept = [path.read_bytes().splitlines(keepends=True) for path in map(tmp_path.joinpath, reversed(names))]
+        joined = [record for records in kept for record in records]
+        assert messages(joined) == [str(number) for number in range(40 - len(joined), 40)]
+        assert await one.tail("web", 100) == joined
+        assert messages(one.last_records("web/0", 9)) == [str(number) for number in range(31, 40)]
+
+
+@pytest.mark.parametrize("how", [Path.unlink, lambda path: path.rename(path.with_name("elsewhere"))])
+async def test_a_file_that_goes_is_begun_again(tmp_path: Path, how: Callable[[Path], object]) -> None:
+    async with rotating(tmp_path, Rotation(None, 9)) as (one, write):
+        await write_lines(one, write, 0, 2)
+        how(tmp_path / "web.jsonl")
+        await write_lines(one, write, 2, 2)
+        assert messages((tmp_path / "web.jsonl").read_bytes().splitlines()) == ["2", "3"]
+
+
+async def test_what_cannot_be_set_aside_stays_and_grows(tmp_path: Path) -> None:
+    (tmp_path / "web.jsonl.1").mkdir()
+    async with rotating(tmp_path, Rotation(200, 1)) as (one, write):
+        await write_lines(one, write, 0, 10)
+        assert messages((tmp_path / "web.jsonl").read_bytes().splitlines()) == [str(number) for number in range(10)]
