@@ -50,12 +50,12 @@ def explained(up: Up, worker: str = "web/0") -> dict[str, object]:
 
 def test_a_crash_loop_waits_as_history_shows_and_explain_foretells(tmp_path: Path) -> None:
     crash = pool_text("web", *shell('echo "no $NSSUP_GENERATION"; exit 3'))
-    policy = 'restart = { settle = "1000s", backoff = { first = "10ms", max = "1000s", factor = 16 } }\n'
+    policy = 'restart = { settle = "1000s", backoff = { first = "2ms", max = "1000s", factor = 40 } }\n'
     with Up(tmp_path, crash + policy) as up:
         up.wait("backed_off", "web/0", generation=4)
         lives = history(up)
         assert [life["generation"] for life in lives] == [1, 2, 3, 4]
-        for life, plain in zip(lives, (0.01, 0.16, 2.56, 40.96), strict=True):
+        for life, plain in zip(lives, (0.002, 0.08, 3.2, 128.0), strict=True):
             assert life["wait_seconds"] == pytest.approx(plain, rel=0.11)
             assert (life["reason"], life["followed"]) == ("exit:3", "backoff")
             assert life["last_lines"] == [f"no {life['generation']}"]
@@ -65,7 +65,7 @@ def test_a_crash_loop_waits_as_history_shows_and_explain_foretells(tmp_path: Pat
         next_at = [datetime.fromisoformat(str(at)) for at in (document["next_at"], up.worker("web/0")["next_at"])]
         assert abs((next_at[0] - next_at[1]).total_seconds()) < 1
         waits = [attempt["wait_seconds"] for attempt in document["attempts"]]  # type: ignore[attr-defined]
-        assert waits == pytest.approx([40.96, 655.36, 1000.0, 1000.0, 1000.0], rel=0.11)
+        assert waits == pytest.approx([128.0, 1000.0, 1000.0, 1000.0, 1000.0], rel=0.11)
         text = up.ctl("history", "web").out.splitlines()
         assert text[1] == "  | no 1"
         assert "exit:3, again after" in text[0]
