@@ -3,7 +3,8 @@
 Times are CLOCK_BOOTTIME seconds, until they are stamped for the API's document.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, TypedDict
 
 from nssup import render, restart
@@ -262,7 +263,8 @@ class DeathsDocument(TypedDict):
 
 class ExplanationDocument(TypedDict):
     """One worker in `explain`. attempts: the next launches, should the life that is there fail now, and all after it at
-    once; next_at: the first of them, where it is waited for. after_attempts: what follows them, null for more."""
+    once; next_at: the first of them, where it is waited for. after_attempts: what follows them, null for more. probes:
+    why the last try of each failed, "" if it did not."""
 
     id: str
     state: str
@@ -271,6 +273,7 @@ class ExplanationDocument(TypedDict):
     enabled: bool
     why: str
     waits_for: str | None
+    probes: dict[str, str]
     until: str | None
     missing: list[MissingDocument]
     next_at: str | None
@@ -282,9 +285,13 @@ class ExplanationDocument(TypedDict):
 
 
 def document(
-    found: Explanation, spec: PoolSpec, stamp: Callable[[float], str], last_exit: ExitDocument | None
+    found: Explanation,
+    spec: PoolSpec,
+    stamp: Callable[[float], str],
+    last_exit: ExitDocument | None,
+    probes: Mapping[str, str] = MappingProxyType({}),
 ) -> ExplanationDocument:
-    """stamp: RFC 3339 of a moment. last_exit: the worker's."""
+    """stamp: RFC 3339 of a moment. last_exit, probes: the worker's."""
     w, plan, deaths = found.worker, found.schedule, found.deaths
     return {
         "id": w.id,
@@ -294,6 +301,7 @@ def document(
         "enabled": spec.enabled,
         "why": found.why,
         "waits_for": found.waits_for,
+        "probes": dict(probes),
         "until": None if found.until is None else stamp(found.until),
         "missing": [{"pool": m.needed, "when": m.when, "so": m.so, "wanted": m.wanted} for m in found.missing],
         "next_at": stamp(plan.attempts[0].at) if w.state is State.BACKOFF and plan.attempts else None,
@@ -317,6 +325,7 @@ def text(d: ExplanationDocument) -> str:
     lines = [f"{d['id']}: {d['state']}: {d['why']}"]
     if d["waits_for"]:
         lines.append(f"  waits for: {d['waits_for']}" + (f", until {d['until']}" if d["until"] else ""))
+    lines += [f"  {name} probe: {why}" for name, why in d["probes"].items() if why]
     lines += _schedule_lines(d)
     if (deaths := d["deaths"]) is not None:
         within = render.duration(deaths["within_seconds"])

@@ -26,7 +26,8 @@ def explain(desk: Desk, call: Call) -> Answer:
         explanation = workers.explain(worker_id, now, query.n)
         last = explanation.worker.last_exit
         spec = workers.pools[explanation.worker.pool]
-        found.append(explaining.document(explanation, spec, stamps, exit_document(last) if last else None))
+        ended = exit_document(last) if last else None
+        found.append(explaining.document(explanation, spec, stamps, ended, desk.supervisor.probes(worker_id)))
     if call.text:
         return text_reply("".join(map(explaining.text, found)))
     return json_reply({"workers": found})

@@ -232,6 +232,7 @@ def test_the_document_says_the_same_for_scripts() -> None:
         "after_attempts": "failed",
         "restarts": 0,
         "deaths": {"count": 1, "most": 2, "within_seconds": 60.0, "then": "fail"},
+        "probes": {},
         "last_exit": exit_document(replace(CODE_3, at=1.0)),
     }
 

@@ -322,6 +322,7 @@ def test_a_failing_probe_is_shown(tmp_path: Path) -> None:
         up.wait("became_unready", "web/0")
         worker = up.worker("web/0")
         assert (worker["state"], worker["ready"], worker["probes"]) == ("running", False, {"ready": "exit:1"})
+        assert "\n  ready probe: exit:1\n" in up.ctl("explain", "web/0").out
         flag.touch()
         up.wait("became_ready", "web/0")
         assert up.ctl("kill", "web", "-s", "TERM").code == 0
