@@ -1,7 +1,7 @@
 """The OpenAPI 3.1 document of a table of routes. Pure.
 
-Each route has method, path, access, summary, query and body (msgspec Structs), and answer: a type, `stream`, or None
-for a document without a schema of its own.
+Each route has method, path, access, summary, query and body (msgspec Structs), and answer: a type, `stream`, `text`, or
+None for a document without a schema of its own.
 """
 
 import re
@@ -62,11 +62,10 @@ def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
 
 
 def _has_schema(route: Route) -> bool:
-    return route.answer is not None and route.answer != "stream"
+    return route.answer is not None and route.answer not in ("stream", "text")
 
 
 def _operation(route: Route, query: dict[str, Any], schema_of: dict[Any, Any]) -> dict[str, Any]:
-    kind = "application/x-ndjson" if route.answer == "stream" else "application/json"
     schema = schema_of[route.answer] if _has_schema(route) else {}
     operation: dict[str, Any] = {
         "operationId": "_".join(_words(route)),
@@ -74,7 +73,7 @@ def _operation(route: Route, query: dict[str, Any], schema_of: dict[Any, Any]) -
         "x-access": route.access,
         "parameters": _arguments(route) + [_parameter(name, "query", schema) for name, schema in query.items()],
         "responses": {
-            "200": {"description": "the answer", "content": {kind: {"schema": schema}}},
+            "200": {"description": "the answer", "content": _content(route.answer, schema)},
             "default": {
                 "description": "an error, with what to do about it",
                 "content": {"application/json": {"schema": schema_of[Error]}},
@@ -84,6 +83,16 @@ def _operation(route: Route, query: dict[str, Any], schema_of: dict[Any, Any]) -
     if route.body is not None:
         operation["requestBody"] = {"content": {"application/json": {"schema": schema_of[route.body]}}}
     return operation
+
+
+def _content(answer: Any, schema: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 - any type
+    """By media type, as Accept asks."""
+    text = {"schema": {"type": "string"}}
+    if answer == "text":
+        return {"text/plain": text}
+    if answer == "stream":
+        return {"application/x-ndjson": {"schema": schema}, "text/event-stream": text}
+    return {"application/json": {"schema": schema}, "text/plain": text}
 
 
 def _words(route: Route) -> list[str]:

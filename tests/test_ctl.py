@@ -7,10 +7,14 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from fake_supervisor import Supervisor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from nssup import desk, http, operation, render
@@ -24,7 +28,6 @@ from nssup.spec import Backoff, Intensity, ReloadSpec, RestartPolicy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from nssup.access import Role
 
@@ -1086,6 +1089,45 @@ async def test_exec_takes_descriptors_and_ends_with_its_client(site: Site) -> No
     os.set_blocking(read_end, False)
     assert os.read(read_end, 1) == b"", "nobody has kept a copy"
     os.close(read_end)
+
+
+VERBS_OF_CLIENTS = st.sampled_from(["start", "stop", "restart", "kill", "scale", "reset", "status"])
+CLIENTS = st.lists(st.lists(VERBS_OF_CLIENTS, min_size=1, max_size=4), min_size=5, max_size=5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(clients=CLIENTS, command=st.sampled_from(["good", "job", "crash", "missing"]))
+def test_five_clients_on_one_worker(clients: list[list[str]], command: str) -> None:
+    """Whatever they ask of it at the same time, each is answered, and the worker ends in a state that lasts."""
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(_play(Path(directory), clients, command))
+
+
+async def _play(directory: Path, clients: list[list[str]], command: str) -> None:
+    sup = Supervisor(directory)
+    sup.add("web", command, restart=_never_restart())
+    async with ControlServer(sup, str(directory / "s.sock")) as server:
+        site = Site(sup, server)
+
+        async def play(verbs: list[str]) -> None:
+            for verb in verbs:
+                if verb == "status":
+                    answer = await site.get("/v1/status")
+                elif verb == "scale":
+                    answer = await site.post("scale", "web", n=1, wait=True)
+                else:
+                    fields = {"signal": "KILL"} if verb == "kill" else {} if verb == "reset" else {"wait": True}
+                    answer = await site.post(verb, "web", **fields)
+                assert answer.status == 200, answer.body
+
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            for verbs in clients:
+                group.create_task(play(verbs))
+        for _ in range(20):  # what was begun without being waited for
+            await asyncio.sleep(0)
+        assert site.states()["web/0"] in {"running", "stopped", "done", "failed"}
+        await site.close()
+    await sup.close()
 
 
 # The table.
