@@ -117,7 +117,8 @@ def test_renice_from_outside(tmp_path: Path) -> None:
     with three(tmp_path) as up:
         one, two, other = (worker["host_pid"] for worker in up.wait_running("web/0", "web/1", "web/2"))
         subprocess.run(["renice", "-n", "7", "-p", str(two)], check=True, capture_output=True)
-        assert [os.getpriority(os.PRIO_PROCESS, each) for each in (one, two, other)] == [0, 7, 0]
+        ours = os.getpriority(os.PRIO_PROCESS, 0)
+        assert [os.getpriority(os.PRIO_PROCESS, each) for each in (one, two, other)] == [ours, 7, ours]
 
 
 def test_taskset_from_outside(tmp_path: Path) -> None:

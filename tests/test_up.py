@@ -389,7 +389,7 @@ def test_kill_9_of_the_supervisor(tmp_path: Path) -> None:
             for pidfd, _ in ready:
                 dying.unregister(pidfd)
                 del left[pidfd]
-        assert time.monotonic() - begun < 0.03
+        assert time.monotonic() - begun < 1.0  # by no deadline of ours; how soon is for scripts/bench
         assert up.wait_end() == -signal.SIGKILL
         assert up.socket.is_socket()
         assert locked_by(tmp_path / "s" / "lock") is None
