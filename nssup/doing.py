@@ -96,7 +96,11 @@ def restart(desk: Desk, call: Call) -> Answer:
     command: Command = call.command
     there = desk.supervisor.workers.workers
     work = [
-        (each, Restart(), operation.aim(command.wait, operation.renewed(there[each].generation), UP))
+        (
+            each,
+            Restart(),
+            _unless_stuck(desk, operation.aim(command.wait, operation.renewed(there[each].generation), UP)),
+        )
         for each in desk.supervisor.workers.dependents_first(_meant(desk, command, "restart"))
     ]
     return _run(desk, "restart", work, command.timeout, call.text)
@@ -181,7 +185,7 @@ def scale(desk: Desk, call: Call) -> Answer:
     pools = select_pools(command.select, there) if command.select else tuple(there)
     wanted = {name: _number(command.n, desk.supervisor.workers.pools[name].workers, name) for name in pools}
     desk.supervisor.scale_pools(wanted)
-    judge = operation.aim(command.wait, operation.scaled, UP)
+    judge = _unless_stuck(desk, operation.aim(command.wait, operation.scaled, UP))
     work = [(each, None, judge) for name in pools for each in _changed(desk, name, there[name])]
     return _run(desk, "scale", work, command.timeout, call.text)
 

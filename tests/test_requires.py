@@ -7,7 +7,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from live import Up, needs_namespaces, opened, pool_text, shell
+from live import Up, needs_namespaces, opened, pool_text, shell, wait_readable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +76,9 @@ def test_ctl_stop_of_several_goes_in_reverse_too(tmp_path: Path) -> None:
         assert states(up)["web/3"] == ("waiting", "dependency:db")
         told = up.ctl("explain", "web/3").out
         assert "waits for: pool db to be ready: 0 of its 1 workers are, and nobody else is on the way" in told
+        assert up.ctl("restart", "web").code == 1
+        assert up.ctl("scale", "web", "5").code == 1
+        assert up.ctl("scale", "web", "4").code == 0
         assert up.ctl("start", "--all", "--timeout", "0.01").code == 124  # db is not ready yet
         make_ready(tmp_path)
         assert up.ctl("wait", "web").code == 0
@@ -114,6 +117,27 @@ def test_who_waits_goes_on_waiting_when_the_supervisor_is_killed(tmp_path: Path)
         make_ready(tmp_path)
         up.wait_running(*WEB)
         assert up.worker("web/0")["generation"] == 1
+
+
+def test_a_dependency_that_dies_while_nobody_watches_is_lost_all_the_same(tmp_path: Path) -> None:
+    text = pools(tmp_path, requires='{ db = { when = "ready", lost = "restart" } }', **KEEP)
+    first = Up(tmp_path, text)
+    first.leaves = True
+    with first:
+        make_ready(tmp_path)
+        first.wait_running(*WEB)
+        with opened(first.worker("db/0")["host_pid"]) as pidfd:
+            first.end(signal.SIGKILL)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            wait_readable(pidfd, "db is still there")
+    with Up(tmp_path, text) as up:
+        for worker_id in WEB:
+            assert up.wait("stop_begun", worker_id)["reason"] == "dependency:db"
+            up.wait("blocked", worker_id)
+        before = up.events[-1]["seq"]
+        make_ready(tmp_path)
+        up.wait("started", "web/3", after=before)
+        assert up.worker("web/3")["generation"] == 2
 
 
 def test_a_stop_that_is_held_back_goes_on_when_the_supervisor_is_killed(tmp_path: Path) -> None:
