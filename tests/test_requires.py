@@ -168,12 +168,10 @@ def test_who_waits_costs_nothing(tmp_path: Path) -> None:
     def seen(up: Up) -> list[Json]:
         return [w for w in up.status()["workers"] if w["state"] == "waiting"]
 
-    with Up(
-        tmp_path, pool_text("web", workers=200, requires='{ db = "ready" }') + pool_text("db", enabled=False)
-    ) as up:
+    with Up(tmp_path, pool_text("web", workers=60, requires='{ db = "ready" }') + pool_text("db", enabled=False)) as up:
         before = len(os.listdir(f"/proc/{up.host_pid}/fd"))
         waiting = seen(up)
-        assert len(waiting) == 200
+        assert len(waiting) == 60
         assert {(w["init_host_pid"], w["generation"], w["next_at"]) for w in waiting} == {(None, 0, None)}
         assert before < 100
         assert up.ctl("start", "db").code == 0
