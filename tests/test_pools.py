@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -382,3 +385,65 @@ async def test_two_in_one_program() -> None:
         first = await patient(one.add_pool(sleeping(), wait="running"))
         second = await patient(other.add_pool(sleeping(), wait="running"))
         assert first.workers[0].host_pid != second.workers[0].host_pid
+
+
+# --- inside any program ----------------------------------------------------------------------------------------------
+
+HOST = """
+import asyncio, json, os, signal, sys, threading, uvloop
+import nssup
+from nssup.spec import RestartPolicy
+factory = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}[sys.argv[1]]
+def pool(code):
+    never = RestartPolicy(policy="never")
+    return nssup.PoolSpec(name=f"p{code}", command=("sh", "-c", f"exit {code}"), type="oneshot", restart=never)
+async def codes():
+    async with nssup.Supervisor() as supervisor:
+        pools = [await supervisor.add_pool(pool(code)) for code in (0, 3, 77)]
+        ends = [await pool.workers[0].wait() for pool in pools]
+    return [end.code for end in ends]
+def go():
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(codes())
+"""
+HOSTS = {
+    "reaps everybody": """
+def reap():
+    while True:
+        try: os.waitpid(-1, 0)
+        except ChildProcessError: pass
+threading.Thread(target=reap, daemon=True).start()
+print(json.dumps(go()))
+""",
+    "ignores SIGCHLD": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\nprint(json.dumps(go()))\n",
+    "runs it in a thread": """
+found = []
+thread = threading.Thread(target=lambda: found.extend(go())); thread.start(); thread.join()
+print(json.dumps(found))
+""",
+    "has a child process with copies of everything": """
+async def forked():
+    async with nssup.Supervisor() as supervisor:
+        web = await supervisor.add_pool(nssup.PoolSpec(name="web", command=("sleep", "1000")), wait="ready")
+        ours, theirs = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(theirs); os.read(ours, 1); os._exit(0)
+        web.workers[0].signal(signal.SIGUSR1)
+        ended = await web.workers[0].wait()
+    os.close(theirs); os.waitpid(child, 0)
+    return [0, 3, 77] if ended.signal == signal.SIGUSR1 else ended.reason
+with asyncio.Runner(loop_factory=factory) as runner:
+    print(json.dumps(runner.run(forked())))
+""",
+}
+
+
+@pytest.mark.parametrize("loop_name", ["uvloop", "asyncio"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_in_a_host_that(host: str, loop_name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HOST + HOSTS[host], loop_name], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert json.loads(done.stdout) == [0, 3, 77]
