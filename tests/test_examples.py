@@ -84,7 +84,7 @@ def test_the_ci_runner(tmp_path: Path) -> None:
         "[job.after]\ncommand = 'sh -c \"echo after\"'\nneeds = ['good']\n"
         "[job.bad]\ncommand = 'sh -c \"echo why; exit 3\"'\nneeds = ['after']\n"
         "[job.never]\ncommand = 'true'\nneeds = ['bad']\n"
-        "[job.hangs]\ncommand = 'sh -c \"trap : TERM; echo here; while :; do sleep 1000; done\"'\ntimeout = 1.0\n"
+        "[job.hangs]\ncommand = 'sh -c \"trap : TERM; echo here; while :; do sleep 1000; done\"'\ntimeout = 3.0\n"
         "[job.eats]\ncommand = 'sh -c \"head -c 300000000 /dev/zero | tail\"'\nmemory = '64M'\n"
         "[job.missing]\ncommand = 'no-such-program'\n"
     )
@@ -137,9 +137,10 @@ def website() -> Iterator[str]:
             thread.join()
 
 
+@pytest.mark.slow
 def test_the_crawler() -> None:
     with website() as address:
-        returncode, printed = example("crawler", f"{address}/", "--workers", "2", "--seconds", "5")
+        returncode, printed = example("crawler", f"{address}/", "--workers", "2", "--seconds", "10")
     assert returncode == 0
     pages = {page["url"].removeprefix(address): page for page in map(json.loads, printed.splitlines())}
     assert {path: page["status"] for path, page in pages.items()} == {
@@ -149,7 +150,7 @@ def test_the_crawler() -> None:
         "/none": 404,
         "/hangs": None,
     }
-    assert "5 s" in pages["/hangs"]["error"]
+    assert "10 s" in pages["/hangs"]["error"]
 
 
 # --- prefork ---------------------------------------------------------------------------------------------------------

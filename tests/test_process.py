@@ -19,6 +19,7 @@ from live import PATIENCE, PidNamespaces, needs_namespaces, needs_root, wait_gon
 
 import nssup
 from nssup import LaunchError, Process, RunFailed, RunTimeout, SpecError
+from nssup.hub import hub
 from nssup.pipes import CHUNK, ReadEnd, Stream
 from nssup.watch import Watch
 
@@ -193,30 +194,26 @@ async def test_check() -> None:
 
 async def test_a_timeout_is_raised_when_the_whole_tree_is_gone(tmp_path: Path) -> None:
     namespaces = PidNamespaces()
-    script = FORKER + f"readlink /proc/self/ns/pid; read go < {tmp_path}/go; " + DEAF
-    os.mkfifo(tmp_path / "go")
+    os.mkfifo(tmp_path / "there")
 
-    def hold_children() -> None:
-        for name in Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split():
-            namespaces.hold(int(name))
-
-    async def hold() -> None:
-        """The fifo opens when the shell reads it: then all is there."""
-        fd = await asyncio.to_thread(os.open, tmp_path / "go", os.O_WRONLY)
-        hold_children()
-        os.write(fd, b"go\n")
-        os.close(fd)
+    async def end_its_time() -> None:
+        """When the fifo says that all is there, its time is over."""
+        await asyncio.to_thread((tmp_path / "there").read_bytes)
+        for life in hub().lives:
+            namespaces.hold(life.init_host_pid)
+            life.expire()
+        assert len(namespaces.processes()) >= 3  # init, the shell, what has left its session
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(hold())
+        group.create_task(end_its_time())
         with pytest.raises(RunTimeout) as late:
-            await nssup.run(["sh", "-c", script], timeout=3)
+            await nssup.run(["sh", "-c", f"{FORKER} echo >{tmp_path}/there; {DEAF}"], timeout=1000)
         assert namespaces.processes() == []
     namespaces.close()
     assert isinstance(late.value, TimeoutError)
     result = late.value.result
     assert isinstance(result.stdout, bytes)
-    assert result.stdout.startswith(b"forked\npid:[")
+    assert result.stdout.startswith(b"forked\n")
     assert (result.exit.timed_out, result.exit.reason, result.returncode) == (True, "signal:SIGKILL", -9)
 
 

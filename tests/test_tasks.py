@@ -73,8 +73,8 @@ async def test_many_by_several_in_order_and_as_they_come() -> None:
         words = [f"w{number} " for number in range(40)]
         assert [answer async for answer in tasks.map(words)] == words
         assert sorted([answer async for answer in tasks.map(words, in_order=False)]) == sorted(words)
-        slow_first = ["sleep 0.5", "w "]
-        assert [answer async for answer in tasks.map(slow_first)] == ["slept", "w "]
+        slow_first = ["sleep 2", "w "]
+        assert [answer async for answer in tasks.map(["sleep 0.1", "w "])] == ["slept", "w "]
         assert [answer async for answer in tasks.map(slow_first, in_order=False)] == ["w ", "slept"]
 
 
@@ -114,7 +114,7 @@ async def test_a_late_one_is_gone_with_all_it_started(tmp_path: Path) -> None:
         for life in tasks._hub.lives:
             held.hold(life.init_host_pid)
 
-    async with Tasks(SHELL, timeout=2) as tasks:
+    async with Tasks(SHELL, timeout=4) as tasks:
         async with asyncio.TaskGroup() as group:
             late = group.create_task(patient(_error_of(tasks, f"begun {tmp_path}/begun")))
             await asyncio.to_thread(hold)
