@@ -68,7 +68,7 @@ class Executor(concurrent.futures.Executor):
         weakref.finalize(self, self.crew.close).atexit = False
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Call[T]:
-        """As Executor.submit. Raises ExecutorBroken, RuntimeError after shutdown, and what pickling raises."""
+        """As Executor.submit. Raises ExecutorBroken, and RuntimeError after shutdown."""
         return self.submit_within(self._timeout, fn, *args, **kwargs)
 
     def submit_within(self, timeout: float | None, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Call[T]:

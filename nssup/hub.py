@@ -134,12 +134,14 @@ class Hub:
         if self._queue or self._launched_this_turn:
             self.loop.call_soon(self._next_turn)
 
-    def launch(self, plan: Plan, stdio: tuple[int, int, int], told: Callable[[], None] | None = None) -> "Life":
-        """A life of this plan, running. Raises LaunchError; then nothing is left behind."""
+    def launch(self, plan: Plan, stdio: tuple[int, int, int], *, heard: bool = True) -> "Life":
+        """A life of this plan, running. heard: what init says is heard at once; else when it is gone, which saves two
+        wake-ups where nobody waits for less. Raises LaunchError; then nothing is left behind."""
         init = self.launcher.launch(plan, stdio=stdio)
-        life = Life(self, init, told)
+        life = Life(self, init)
         try:
-            self.watch.add(init.line, life._on_line)
+            if heard:
+                self.watch.add(init.line, life._on_line)
             self.watch.add(init.pidfd, life._on_gone)
         except OSError as error:
             self.watch.remove(init.line)
@@ -162,7 +164,6 @@ class Life:
         "_hub",
         "_init",
         "_killed",
-        "_told",
         "_waiters",
         "exit",
         "failed",
@@ -174,11 +175,9 @@ class Life:
         "timed_out",
     )
 
-    def __init__(self, hub: Hub, init: Init, told: Callable[[], None] | None) -> None:
-        """told: called once when nothing is left, on the loop's thread."""
+    def __init__(self, hub: Hub, init: Init) -> None:
         self._hub = hub
         self._init = init
-        self._told = told
         self._waiters: list[asyncio.Future[None]] = []
         self._exited: Exit | None = None
         self._killed = False
@@ -208,6 +207,8 @@ class Life:
 
     def expire(self) -> None:
         """Its time is over."""
+        if self.exit is None:
+            self._hear()
         if not self.program_ended:  # else it was in time, and only the rest of its tree lingers
             self.timed_out = True
         self.kill()
@@ -283,8 +284,6 @@ class Life:
             self.stdin.abort()
         self.exit = replace(self._ended(seen), at=time.time())
         self._tell()
-        if self._told is not None:
-            self._told()
 
     def _ended(self, seen: Exit) -> Exit:
         """seen: what the reaper of init saw, which says nothing about the program. But a tree that we killed died of

@@ -311,8 +311,10 @@ def begin(
     stdin: Literal["pipe"] | Stdio,
     stdout: Sink | Stdio,
     stderr: Sink | Literal["stdout"] | Stdio,
+    *,
+    heard: bool = True,
 ) -> Life:
-    """Launches, with these at the other ends. Raises LaunchError; then nothing is left behind."""
+    """Launches, with these at the other ends; heard: see Hub.launch. Raises LaunchError, and leaves nothing then."""
     with _ends(None if plan.identity is None else plan.identity.uid, own.launcher.null) as ends:
         taken: list[tuple[int, Sink]] = []
 
@@ -326,7 +328,7 @@ def begin(
         feed, zero = ends.input() if stdin == "pipe" else (-1, ends.given(stdin, 0))
         one = output(stdout, 1)
         two = one if stderr == "stdout" else output(stderr, 2)
-        life = own.launch(plan, (zero, one, two))
+        life = own.launch(plan, (zero, one, two), heard=heard)
     if feed >= 0:
         life.stdin = Writer(own.loop, own.watch, feed)
     for fd, sink in taken:
@@ -475,7 +477,8 @@ async def run(
     err = Capture(bound) if stderr == "capture" else None
     fed = input.encode(encoding or "utf-8", errors) if isinstance(input, str) else input
     await own.turn()
-    life = begin(own, plan, stdin if fed is None else "pipe", out or stdout, err or stderr)  # type: ignore[arg-type]
+    source = stdin if fed is None else "pipe"
+    life = begin(own, plan, source, out or stdout, err or stderr, heard=False)  # type: ignore[arg-type]
     if life.stdin is not None and fed is not None:
         life.stdin.write(fed)
         life.stdin.close()

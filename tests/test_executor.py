@@ -300,7 +300,8 @@ def slow(number):
 def host_program(tmp_path: Path, text: str) -> Any:  # noqa: ANN401
     program = tmp_path / "program.py"
     program.write_text(MAIN + text)
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60, check=False)
+    command: list[str | Path] = [sys.executable, "-W", "ignore::DeprecationWarning", program]  # of forks beside threads
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return json.loads(done.stdout)
 
