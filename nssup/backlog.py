@@ -16,6 +16,7 @@ import msgspec
 
 from nssup.events import Event
 from nssup.logfile import FILE_MODE
+from nssup.logread import aside
 from nssup.snapshot import event_document
 
 VERSION = 1
@@ -26,6 +27,8 @@ _LENGTH_WORD = 8  # bytes that count, behind _FIRST
 _FIRST = 128
 _FRAME = struct.Struct("=I")
 _END = 256 * 1024  # bytes of a log that are searched for its last event
+
+NOBODY = (0, 0)  # epoch and seq of no event
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Event).decode
@@ -78,7 +81,7 @@ class Backlog:
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
             fd = os.open(log, flags, FILE_MODE)
             try:
-                _append(fd, self.left)
+                _append(fd, self.left, aside(log, 1))
             finally:
                 os.close(fd)
         self.clear()
@@ -125,17 +128,21 @@ def _last(records: bytes) -> tuple[tuple[int, int], str]:
             last_ts = last_ts or found.ts
             if found.seq:
                 return (found.epoch, found.seq), last_ts
-    return (0, 0), last_ts
+    return NOBODY, last_ts
 
 
-def _append(fd: int, events: Iterable[Event]) -> None:
-    """Those that are not in the log yet, behind its last whole line: what a kill tore is among them. Raises OSError."""
+def _append(fd: int, events: Iterable[Event], before: Path) -> None:
+    """Those that are not in the log yet, behind its last whole line: what a kill tore is among them. before: the part
+    of the log that was set aside last. Raises OSError."""
     size = os.fstat(fd).st_size
     end = os.pread(fd, _END, max(size - _END, 0))
     torn = len(end) - (end.rfind(b"\n") + 1)
     if 0 < torn < len(end):
         os.truncate(fd, size - torn)
     name, last_ts = _last(end[: len(end) - torn])
+    if name == NOBODY:
+        with contextlib.suppress(OSError):
+            name, last_ts = _last(before.read_bytes()[-_END:])
     lines = []
     for event in events:
         if (event.epoch, event.seq) > name:

@@ -166,6 +166,18 @@ def test_a_log_of_later_runs_has_them_all(kept: Backlog, path: Path) -> None:
     assert own.read_bytes() == later
 
 
+@pytest.mark.parametrize("log", [None, b""])
+def test_a_log_that_was_just_set_aside_has_them(log: bytes | None, kept: Backlog, path: Path) -> None:
+    own = path.with_name("nssup.jsonl")
+    own.with_name("nssup.jsonl.1").write_bytes(LINES[0] + LINES[1])
+    if log is not None:
+        own.write_bytes(log)
+    found = Backlog(path)
+    found.hand_over(own)
+    found.close()
+    assert own.read_bytes() == LINES[2]
+
+
 def test_time_does_not_go_back_in_the_log(kept: Backlog, path: Path) -> None:
     own = path.with_name("nssup.jsonl")
     own.write_bytes(event_line(Event("pool_added", epoch=6, seq=1, ts=1.9e9)))

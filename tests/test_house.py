@@ -86,6 +86,7 @@ WITHIN_ROW = {
     ("follower", "logread"),
     ("journal", "backlog"),
     ("backlog", "logfile"),
+    ("backlog", "logread"),
     ("backlog", "snapshot"),
     ("journal", "logs"),
     ("journal", "snapshot"),
