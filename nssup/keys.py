@@ -536,11 +536,13 @@ LIMITS = {
 }
 
 
-def at_least(kind: Kind, least: int) -> Kind:
-    def take(value: object) -> int:
-        taken: int = kind.take(value)
+def at_least(kind: Kind, least: float, text: str) -> Kind:
+    """text: least, as one would write it."""
+
+    def take(value: object) -> float:
+        taken: float = kind.take(value)
         if taken < least:
-            _fail(f"{value!r} is too small: write {least} bytes or more")
+            _fail(f"{value!r} is too little: write {text} or more")
         return taken
 
     return Kind(kind.name, take)
@@ -549,15 +551,20 @@ def at_least(kind: Kind, least: int) -> Kind:
 LOG = {
     "merge": Key(FLAG, "false", "stdout and stderr share one pipe: their order is kept, every record says `stdout`."),
     "size": Key(
-        at_least(SIZE, 64 * 1024),
+        at_least(SIZE, 64 * 1024, '"64K"'),
         "",
         "A file that is as large is set aside: POOL.jsonl becomes POOL.jsonl.1, that .2, and so on. Without: never.",
+    ),
+    "age": Key(
+        at_least(DURATION, 1, '"1s"'),
+        "",
+        "The same for a file whose first record is as old, when the next one comes. Without: never.",
     ),
     "keep": Key(whole(1, 9999), "9", "How many files that were set aside stay."),
     **{
         name: later("Log files and sinks.")
         for name in (
-            "age", "total", "compress", "fsync", "multiline", "rate", "sink", "overflow", "on_error",
+            "total", "compress", "fsync", "multiline", "rate", "sink", "overflow", "on_error",
         )
     },
 }  # fmt: skip

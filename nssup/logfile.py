@@ -22,8 +22,8 @@ from aiofiles.threadpool.utils import delegate_to_executor
 
 from nssup.errors import errno_name
 from nssup.framing import Sheet
-from nssup.lines import mark
-from nssup.logread import End, aside, is_record, read_end, timestamp
+from nssup.lines import mark, seconds, stamp
+from nssup.logread import End, aside, first_ts, is_record, read_end, timestamp
 
 if TYPE_CHECKING:
     from nssup.staging import Batch, Part
@@ -38,6 +38,7 @@ class _Opened(NamedTuple):
     fd: int
     size: int
     torn: bool
+    first_ts: str
     last_ts: str
     inode: int
 
@@ -56,14 +57,13 @@ def _open_log(path: Path) -> _Opened:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        end = read_end(path, status.st_size)
+        begin, end = first_ts(path), read_end(path, status.st_size)
     except BaseException:
         os.close(fd)
         raise
     records = [line for line in end.split(b"\n")[:-1] if is_record(line)]
-    return _Opened(
-        fd, status.st_size, end[-1:] not in (b"", b"\n"), timestamp(records[-1]) if records else "", status.st_ino
-    )
+    torn = end[-1:] not in (b"", b"\n")
+    return _Opened(fd, status.st_size, torn, begin, timestamp(records[-1]) if records else "", status.st_ino)
 
 
 def _make_directory(path: Path) -> None:
@@ -112,13 +112,15 @@ class Written(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """size: bytes of a file at which it is set aside; None: never. keep: how many set aside stay."""
+    """size: bytes of a file at which it is set aside. age: seconds from its first record to the next one, at which it
+    is. None: never. keep: how many set aside stay."""
 
     size: int | None
+    age: float | None
     keep: int
 
 
-NEVER = Rotation(None, 0)
+NEVER = Rotation(None, None, 0)
 
 
 class RecordFile:
@@ -131,6 +133,7 @@ class RecordFile:
         self.inode = 0
         self.last_ts = ""
         self._file: io.FileIO | None = None
+        self._begun = ""  # `ts` of its first record
         self._torn = False  # the file ends in the middle of a line
 
     def open(self) -> io.FileIO:
@@ -139,12 +142,13 @@ class RecordFile:
             opened = _open_log(self.path)
             self.size, self._torn, self.inode = opened.size, opened.torn, opened.inode
             self.last_ts = max(self.last_ts, opened.last_ts)
+            self._begun = opened.first_ts
             self._file = io.FileIO(opened.fd, "ab")
         return self._file
 
-    def renew(self) -> None:
-        """Between two batches: sets the file aside when it is large enough, and lets go of one that goes by another
-        name now, or by none. What cannot be renamed stays, and grows."""
+    def renew(self, ts: str) -> None:
+        """Between two batches: sets the file aside when it is large or old enough, and lets go of one that goes by
+        another name now, or by none. What cannot be renamed stays, and grows. ts: of the next record; empty: none."""
         if self._file is None:
             return
         try:
@@ -154,13 +158,19 @@ class RecordFile:
             return
         if status.st_ino != self.inode:
             self.close()
-        elif self.rotation.size is not None and status.st_size >= self.rotation.size and not self._torn:
+        elif self._is_due(status.st_size, ts) and not self._torn:
             with contextlib.suppress(OSError):
                 for number in range(self.rotation.keep - 1, 0, -1):
                     with contextlib.suppress(FileNotFoundError):
                         aside(self.path, number).rename(aside(self.path, number + 1))
                 self.path.rename(aside(self.path, 1))
                 self.close()
+
+    def _is_due(self, size: int, ts: str) -> bool:
+        most, age, _ = self.rotation
+        if most is not None and size >= most:
+            return True
+        return age is not None and bool(size and self._begun and ts) and seconds(ts) - seconds(self._begun) >= age
 
     def append(self, data: bytes | memoryview) -> tuple[int, OSError | None]:
         """Writes data, which is whole lines. Says how much of it, again in whole lines, is in the file now, and what
@@ -178,6 +188,7 @@ class RecordFile:
             return self._mend(bytes(data[:done]), len(head)), error
         self._torn = False
         self.size += done
+        self._begun = self._begun or timestamp(bytes(data[len(head) : _HEAD]))
         return done - len(head), None
 
     def _mend(self, written: bytes, head: int) -> int:
@@ -204,7 +215,7 @@ class RecordFile:
 
     def append_renewed(self, data: bytes) -> tuple[int, OSError | None]:
         """`renew`, then `append`."""
-        self.renew()
+        self.renew(timestamp(data))
         return self.append(data)
 
     def append_batch(self, batch: "Batch", sheet: Sheet, marks: bytes, most: int) -> Written:
@@ -213,7 +224,7 @@ class RecordFile:
         The batch can be committed afterwards, whatever became of it. most: bytes of its records to be copied.
         """
         size, lost, copies = 0, Counter[int](), list[Copy]()
-        self.renew()
+        self.renew(stamp(batch.entries[0].wall))
         marked, error = self.append(marks) if marks else (0, None)
         if error is None:
             error = self._begin(batch)

@@ -6,6 +6,8 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from nssup.lines import seconds
+
 BLOCK = 64 * 1024  # bytes of a file looked at at once, from its end
 LONGEST = 256 * 1024  # bytes of a record: more is none of ours
 
@@ -22,6 +24,21 @@ def timestamp(records: bytes) -> str:
 def open_for_reading(path: Path) -> int:
     """A descriptor of a regular file, never through a symbolic link. Raises OSError."""
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def first_ts(path: Path) -> str:
+    """The `ts` of a file's first record; empty: it has none."""
+    fd = open_for_reading(path)
+    try:
+        begin = os.pread(fd, _WORKER, 0)
+    finally:
+        os.close(fd)
+    found = begin[_TS].decode("ascii", "replace")
+    try:
+        seconds(found)
+    except ValueError:
+        return ""
+    return found
 
 
 def read_end(path: Path, size: int) -> bytes:

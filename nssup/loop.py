@@ -602,7 +602,7 @@ class Supervisor:
         except OSError as error:
             raise no_room(spec.name, error) from None
         try:
-            rotation = Rotation(spec.log.size, spec.log.keep)
+            rotation = Rotation(spec.log.size, spec.log.age, spec.log.keep)
             self.logs.open_pool(spec.name, staged=staged, found=found, rotation=rotation)
         except OSError as error:
             self.logs.close_pool(spec.name)

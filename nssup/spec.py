@@ -171,10 +171,12 @@ class Requirement(msgspec.Struct, frozen=True, kw_only=True):
 
 class LogSpec(msgspec.Struct, frozen=True, kw_only=True):
     """merge: stdout and stderr share one pipe (order between them kept, stream is `stdout`). size: bytes of a file at
-    which it is set aside as `.1` and a new one begun, None: never; keep: how many set aside stay."""
+    which it is set aside as `.1` and a new one begun, None: never; age: the same in seconds since its first record;
+    keep: how many set aside stay."""
 
     merge: bool = False
     size: int | None = None
+    age: float | None = None
     keep: int = 9
 
 

@@ -189,6 +189,7 @@ stack = "8M"
 [pool.web.log]
 merge = true
 size = "1M"
+age = "1d"
 keep = 3
 """
 
@@ -236,7 +237,7 @@ def test_every_key() -> None:
                 "cpu": (60, 60),
                 "stack": (8 << 20, 8 << 20),
             },
-            log=LogSpec(merge=True, size=1 << 20, keep=3),
+            log=LogSpec(merge=True, size=1 << 20, age=86400, keep=3),
         )
     }
 
@@ -460,7 +461,7 @@ def test_what_comes_later_is_what_interface_promises() -> None:
     """The keys that people may write by the promised interface: each is there, or refused as not yet there."""
     for path in (
         "rolling recycle isolation credentials "
-        "limits.memory limits.cpu limits.pids limits.io limits.oom log.age "
+        "limits.memory limits.cpu limits.pids limits.io limits.oom "
         "log.total log.compress log.fsync log.multiline log.rate log.sink log.overflow log.on_error"
     ).split():
         assert "not in this version" in wrong_pool(f"{path} = 1")[0]

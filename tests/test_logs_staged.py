@@ -15,20 +15,21 @@ import pytest
 from nssup import intake, logpool
 from nssup.framing import Sheet
 from nssup.handover import Layout
-from nssup.lines import Record, content
+from nssup.lines import Record, content, mark, stamp
 from nssup.logfile import RecordFile, Rotation, Written
 from nssup.logs import LogHub, Streams
 from nssup.staging import Batch, Staging
 
 pytestmark = pytest.mark.both_loops
 
+NOW = 1.7e9
 _decode = msgspec.json.Decoder(Record).decode
 
 
 @asynccontextmanager
 async def hub(log_dir: Path, found: tuple[int, ...] = ()) -> AsyncIterator[LogHub]:
     """A hub with the pool `web` staged, its writer running."""
-    one = LogHub(asyncio.get_running_loop(), log_dir, lambda: 1.7e9)
+    one = LogHub(asyncio.get_running_loop(), log_dir, lambda: NOW)
     one.open_pool("web", staged=True, found=found)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(one.run())
@@ -328,7 +329,7 @@ async def rotating(log_dir: Path, rotation: Rotation) -> AsyncIterator[tuple[Log
 
 
 async def test_large_files_are_set_aside_and_read_back(tmp_path: Path) -> None:
-    async with rotating(tmp_path, Rotation(500, 3)) as (one, write):
+    async with rotating(tmp_path, Rotation(500, None, 3)) as (one, write):
         await write_lines(one, write, 0, 40)
         names = ["web.jsonl", "web.jsonl.1", "web.jsonl.2", "web.jsonl.3"]
         assert sorted(os.listdir(tmp_path)) == names
@@ -341,7 +342,7 @@ async def test_large_files_are_set_aside_and_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [Path.unlink, lambda path: path.rename(path.with_name("elsewhere"))])
 async def test_a_file_that_goes_is_begun_again(tmp_path: Path, how: Callable[[Path], object]) -> None:
-    async with rotating(tmp_path, Rotation(None, 9)) as (one, write):
+    async with rotating(tmp_path, Rotation(None, None, 9)) as (one, write):
         await write_lines(one, write, 0, 2)
         how(tmp_path / "web.jsonl")
         await write_lines(one, write, 2, 2)
@@ -350,6 +351,18 @@ async def test_a_file_that_goes_is_begun_again(tmp_path: Path, how: Callable[[Pa
 
 async def test_what_cannot_be_set_aside_stays_and_grows(tmp_path: Path) -> None:
     (tmp_path / "web.jsonl.1").mkdir()
-    async with rotating(tmp_path, Rotation(200, 1)) as (one, write):
+    async with rotating(tmp_path, Rotation(200, None, 1)) as (one, write):
         await write_lines(one, write, 0, 10)
         assert messages((tmp_path / "web.jsonl").read_bytes().splitlines()) == [str(number) for number in range(10)]
+
+
+async def test_old_files_are_set_aside_when_the_next_record_comes(tmp_path: Path) -> None:
+    old, older = stamp(NOW - 30), stamp(NOW - 61)
+    for ts, aside in ((old, False), (older, True)):
+        place = tmp_path / ts
+        place.mkdir()
+        (place / "web.jsonl").write_bytes(mark(ts, None, None, "first") + mark(stamp(NOW - 1), None, None, "last"))
+        async with rotating(place, Rotation(None, 60.0, 2)) as (one, write):
+            await write_lines(one, write, 0, 2)
+        assert (place / "web.jsonl.1").exists() == aside
+        assert len((place / "web.jsonl").read_bytes().splitlines()) == (2 if aside else 4)
