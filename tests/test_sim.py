@@ -10,7 +10,7 @@ from nssup.errors import ImpossibleEvent
 from nssup.events import Event, Exit, Gone, Kill, Restart, Start, State, Stop
 from nssup.machine import Forget, KillTree, Launch, SignalMain
 from nssup.sim import Fate, Simulation, seeded
-from nssup.spec import Backoff, PoolSpec, RestartPolicy
+from nssup.spec import Backoff, PoolSpec, Probe, RestartPolicy, StopStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,3 +146,26 @@ def test_ten_thousand_workers_for_ten_minutes(capsys: pytest.CaptureFixture[str]
     assert sim.bounds.most_deadlines <= 2 * 11_000 + 64
     with capsys.disabled():
         print(f"\n{sim.bounds}")
+
+
+def test_readiness_in_the_fake_world() -> None:
+    spec = web(ready=Probe(notify="sd"), start_timeout=2.0)
+    _, told = played(spec, Fate(ready=math.inf), Fate(ready=0.5), until=10.0)
+    assert [(event.event, event.reason, round(event.ts, 2)) for event in told] == [
+        ("launched", None, 0.0),
+        ("stop_begun", "start-timeout", 2.0),
+        ("backed_off", "start-timeout", 2.01),
+        ("relaunched", "start-timeout", 2.11),
+        ("started", None, 2.61),
+    ]
+
+
+def test_a_stop_command_in_the_fake_world() -> None:
+    spec = web(stop=(StopStep(None, 1.0, ("app", "quit")), StopStep(15, 1.0), StopStep(None)))
+    sim, told = played(spec, Fate(obeys=0.25), until=5.0)
+    sim.feed("web/0", Stop())
+    sim.run(10.0)
+    assert [event.event for event in told] == ["launched", "started"]
+    worker = sim.workers.workers["web/0"]
+    assert (worker.state, worker.generation) == (State.STOPPED, 1)
+    assert sim.workers.workers["web/0"].last_exit == Exit(reason="exit:0", code=0, at=5.25)
