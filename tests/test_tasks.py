@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import PATIENCE, PidNamespaces, needs_namespaces
 
@@ -258,6 +258,7 @@ def cut(data: bytes, at: list[int]) -> list[bytes]:
     return [data[begin:end] for begin, end in itertools.pairwise(places)]
 
 
+@settings(deadline=None)
 @given(st.lists(VALUES, max_size=5), st.lists(st.integers(0, 400), max_size=8))
 def test_values_are_cut_as_they_were_made(values: list[Any], at: list[int]) -> None:
     frames, found = Values(1 << 20), []
@@ -266,6 +267,7 @@ def test_values_are_cut_as_they_were_made(values: list[Any], at: list[int]) -> N
     assert found == [msgspec.msgpack.encode(value) for value in values]
 
 
+@settings(deadline=None, max_examples=30)
 @given(LONG, st.lists(st.integers(0, 70_010), max_size=3))
 def test_long_values(value: Any, at: list[int]) -> None:  # noqa: ANN401
     encoded, frames, found = msgspec.msgpack.encode(value), Values(1 << 21), []
@@ -274,6 +276,7 @@ def test_long_values(value: Any, at: list[int]) -> None:  # noqa: ANN401
     assert found == [encoded, encoded]
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary().filter(lambda line: b"\n" not in line), max_size=8), st.lists(st.integers(0, 100)))
 def test_lines_are_cut_as_they_were_made(lines: list[bytes], at: list[int]) -> None:
     frames, found = Lines(1 << 20), []
