@@ -95,7 +95,8 @@ class Control:
         asked.route, arguments = next(((route, found) for route, found in there if route.method == method), (None, []))
         self._admit(asked)
         if asked.route is None:
-            return _nothing_there(request, [route.method for route, _ in there], form)
+            methods = [route.method for route, _ in there]
+            return _nothing_there(request, methods, form, self._desk.supervisor.version)
         query = _query(request.query, asked.route.query)
         command = None
         if asked.route.body is not None:
@@ -138,10 +139,11 @@ def _form(headers: Mapping[str, str]) -> Form:
     return Form("text/plain" in accept, "text/event-stream" in accept, headers.get("last-event-id"))
 
 
-def _nothing_there(request: http.Request, methods: Iterable[str], form: Form) -> Reply:
+def _nothing_there(request: http.Request, methods: Iterable[str], form: Form, version: str) -> Reply:
     """methods: of the routes at that path."""
     if not methods:
-        error = ControlError("no-such-path", f"there is nothing at {request.path}", http_status=404)
+        hint = f"this supervisor is nssup {version}: is who asks of another version?"
+        error = ControlError("no-such-path", f"there is nothing at {request.path}", hint=hint, http_status=404)
         return failure_reply(error, form.text)
     error = ControlError("method-not-allowed", f"{request.path} takes no {request.method}", http_status=405)
     reply = failure_reply(error, form.text)
