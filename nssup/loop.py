@@ -1029,12 +1029,10 @@ class Supervisor:
         """How the last try of each probe of the worker went: why it failed, "" when it did not."""
         return {str(name): outcome.why for name, outcome in self._prober.last(worker_id).items()}
 
-    def status_text(self, worker_id: str) -> str | None:
-        """What the worker last said of itself by STATUS=, None when nothing."""
+    def notified(self, worker_id: str) -> wire.Notified:
+        """What the worker last said of itself by sd_notify."""
         life = self._lives.get((worker_id, self.workers.workers[worker_id].generation))
-        if life is None or not life.notified.status:
-            return None
-        return "".join(c if c.isprintable() else "\ufffd" for c in life.notified.status.decode(errors="replace"))
+        return wire.Notified() if life is None else life.notified
 
     def _launch_all(self) -> None:
         """Whatever waits for its turn: it is promised in the notes, and nobody else would do it."""

@@ -42,6 +42,16 @@ class ExitDocument(TypedDict):
     max_rss_bytes: int | None
 
 
+class NotifiedDocument(TypedDict):
+    """What a worker said of itself by sd_notify. reloading: RELOADING=1 and no READY=1 since. stopping: STOPPING=1.
+    main_ns_pid: MAINPID= as it said, which nobody has looked at. errno: ERRNO=."""
+
+    reloading: bool
+    stopping: bool
+    main_ns_pid: int | None
+    errno: int | None
+
+
 class WorkerDocument(TypedDict):
     """One worker in `status`. status_text: what it said of itself by sd_notify's STATUS=. probes: how the last try of
     each went: why it failed, "" when it did not."""
@@ -71,6 +81,7 @@ class WorkerDocument(TypedDict):
     memory_bytes: int | None
     log_dropped_bytes: int
     status_text: str | None
+    notified: NotifiedDocument
     probes: dict[str, str]
     last_exit: ExitDocument | None
 

@@ -16,9 +16,11 @@ from nssup.events import Event, Exit, State
 from nssup.lines import stamp
 from nssup.machine import Worker
 from nssup.spec import PoolSpec
+from nssup.wire import Flag, Notified
 from nssup.workers import WorkerSet
 
 API = 1
+_NOTHING_SAID = Notified()
 STATS_ROWS = 64  # beyond that many workers, cpu and memory cost too much to be read unasked
 
 
@@ -69,7 +71,7 @@ class Source(Protocol):
     def wall(self, at: float) -> float: ...
     def stats(self, worker_id: str) -> Stats | None: ...
     def is_adopted(self, worker_id: str) -> bool: ...
-    def status_text(self, worker_id: str) -> str | None: ...
+    def notified(self, worker_id: str) -> Notified: ...
     def probes(self, worker_id: str) -> dict[str, str]: ...
     def namespaces(self, worker_id: str) -> dict[str, int]: ...
     @property
@@ -84,6 +86,20 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"SIG{number}"
+
+
+def _printable(text: bytes) -> str | None:
+    """What steers a terminal is taken out; None for nothing."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text.decode(errors="replace")) or None
+
+
+def _notified_document(notified: Notified) -> render.NotifiedDocument:
+    return {
+        "reloading": bool(notified.flags & Flag.RELOADING),
+        "stopping": bool(notified.flags & Flag.STOPPING),
+        "main_ns_pid": notified.main_ns_pid or None,
+        "errno": notified.error or None,
+    }
 
 
 def exit_document(ended: Exit) -> render.ExitDocument:
@@ -225,6 +241,7 @@ class Snapshot:
         stats = source.stats(worker_id) if self._stats and w.alive else None
         running_since = w.running_since
         detailed = self._detailed
+        notified = source.notified(worker_id) if detailed else _NOTHING_SAID
         return {
             "id": worker_id,
             "pool": w.pool,
@@ -250,7 +267,8 @@ class Snapshot:
             "cpu_seconds": stats.cpu_seconds if stats else None,
             "memory_bytes": stats.memory_bytes if stats else None,
             "log_dropped_bytes": self._dropped(w) if detailed else 0,
-            "status_text": source.status_text(worker_id) if detailed else None,
+            "status_text": _printable(notified.status),
+            "notified": _notified_document(notified),
             "probes": source.probes(worker_id) if detailed else {},
             "last_exit": exit_document(w.last_exit) if w.last_exit else None,
         }

@@ -18,6 +18,7 @@ from nssup.held import Sockets
 from nssup.logs import LogHub, Streams
 from nssup.machine import Action, Forget, KillTree, Launch, SignalMain, SignalTree
 from nssup.spec import PoolSpec
+from nssup.wire import Notified
 from nssup.workers import Actions, WorkerSet
 
 if TYPE_CHECKING:
@@ -156,8 +157,8 @@ class Supervisor:
     def is_adopted(self, worker_id: str) -> bool:
         return False
 
-    def status_text(self, worker_id: str) -> str | None:
-        return None
+    def notified(self, worker_id: str) -> Notified:
+        return Notified()
 
     def probes(self, worker_id: str) -> dict[str, str]:
         return {}

@@ -168,7 +168,8 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 STATUS_KEYS = {
     "id", "pool", "index", "state", "reason", "ready", "desired", "enabled", "paused", "draining", "adopted",
     "host_pid", "ns_pid", "init_host_pid", "namespaces", "generation", "restarts", "started_at", "uptime_seconds",
-    "next_at", "spec_hash", "cpu_seconds", "memory_bytes", "log_dropped_bytes", "status_text", "probes", "last_exit",
+    "next_at", "spec_hash", "cpu_seconds", "memory_bytes", "log_dropped_bytes", "status_text", "notified",
+    "probes", "last_exit",
 }  # fmt: skip
 
 
@@ -199,6 +200,7 @@ async def test_status_is_the_promised_document(site: Site) -> None:
         "generation": 1, "restarts": 0, "started_at": "2027-01-15T08:01:40.000000Z", "uptime_seconds": 12.5,
         "next_at": None, "cpu_seconds": 0.125, "memory_bytes": 3 << 20, "log_dropped_bytes": 0, "last_exit": None,
         "status_text": None, "probes": {},
+        "notified": {"reloading": False, "stopping": False, "main_ns_pid": None, "errno": None},
     }  # fmt: skip
 
 

@@ -88,6 +88,26 @@ def test_starting_and_then_ready(tmp_path: Path, gate: Path) -> None:
         assert (worker["state"], worker["ready"], worker["status_text"]) == ("running", True, "up")
 
 
+def test_a_reload_and_other_news_are_shown(tmp_path: Path) -> None:
+    code = "send('READY=1\\nSTATUS=1'); signal.sigwait([signal.SIGHUP]); "
+    code += "send('RELOADING=1\\nMAINPID=7\\nERRNO=2\\nSTATUS=2'); signal.sigwait([signal.SIGHUP]); "
+    code += "send('READY=1\\nSTATUS=3'); signal.pause()"
+    block = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP]); "
+    with Up(tmp_path, program(block + code, ready='{ notify = "sd" }')) as up:
+        up.wait("started", "web/0")
+        wait_for(lambda: up.worker("web/0")["status_text"] == "1")
+        nothing = {"reloading": False, "stopping": False, "main_ns_pid": None, "errno": None}
+        assert up.worker("web/0")["notified"] == nothing
+        assert up.ctl("kill", "-s", "HUP", "web/0").code == 0
+        wait_for(lambda: up.worker("web/0")["status_text"] == "2")
+        worker = up.worker("web/0")
+        assert worker["notified"] == {"reloading": True, "stopping": False, "main_ns_pid": 7, "errno": 2}
+        assert (worker["state"], worker["ready"]) == ("running", True)
+        assert up.ctl("kill", "-s", "HUP", "web/0").code == 0
+        wait_for(lambda: up.worker("web/0")["status_text"] == "3")
+        assert up.worker("web/0")["notified"]["reloading"] is False
+
+
 def test_a_status_steers_no_terminal(tmp_path: Path) -> None:
     """SEC-52: what a worker says of itself is text."""
     code = "send('STATUS=a\\x1b[31m\\x07b\\u202ec\\nREADY=1'); signal.pause()"
