@@ -244,6 +244,12 @@ class Crew:
                 worker.fate = Call._end_cancelled
                 worker.kill()
 
+    def join(self) -> None:
+        """Until all is over, the thread too."""
+        self.over.wait()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
     def when_over(self, callback: Callable[[], object]) -> None:
         """From the thread, or at once."""
         with self.lock:
@@ -613,7 +619,7 @@ def _at_exit() -> None:
     """As concurrent.futures has it: what was submitted is done before the interpreter ends."""
     for crew in list(_crews):
         crew.close()
-        crew.over.wait()
+        crew.join()
 
 
 def _in_forked_child() -> None:

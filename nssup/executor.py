@@ -99,12 +99,12 @@ class Executor(concurrent.futures.Executor):
         """As Executor.shutdown."""
         self.crew.close(cancel_futures)
         if wait:
-            self.crew.over.wait()
+            self.crew.join()
 
     def kill(self) -> None:
         """As shutdown, but calls that run are cancelled too. Returns when every worker and its tree are gone."""
         self.crew.kill()
-        self.crew.over.wait()
+        self.crew.join()
 
 
 def _chunks(items: Iterator[tuple[Any, ...]], length: int) -> Iterator[tuple[tuple[Any, ...], ...]]:
@@ -224,6 +224,7 @@ class AsyncExecutor:
         self._executor.crew.close(cancel_futures)
         self._executor.crew.when_over(lambda: loop.call_soon_threadsafe(over.set))
         await insist(over, self._executor.crew.kill)
+        self._executor.crew.join()  # its thread has nothing left to do but to end
 
 
 async def _done(call: Call[Any]) -> None:
