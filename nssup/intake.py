@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection
 from typing import Generic, TypeVar
 
 REST = 0.010  # seconds between two passes, as a rule
-REST_A_PIPE = 0.00015  # and for each pipe that had data, up to
-LONG_REST = 0.040  # half of which a line waits, on average
+REST_A_PIPE = 0.0003  # and for each pipe that had data, up to
+LONG_REST = 0.060  # half of which a line waits, on average
 SHORT_REST = 0.001  # the shortest that a loop's timers can do; for pipes that would fill up in REST
 SHARE = 256 * 1024  # bytes taken from one pipe in one pass, at most
 SIZE = 64 * 1024  # of a pipe, as a rule; and what is read of one: a packet of O_DIRECT that does not fit loses its end

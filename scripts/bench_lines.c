@@ -2,7 +2,7 @@
  *   blast SIZE TOTAL [dirty]   lines of SIZE bytes in writes of just under 64 KiB, TOTAL bytes of them
  *   endless TOTAL              the same without any newline
  *   drip RATE SECONDS          every 10 ms one write of RATE/100 lines of 100 bytes, which begin with CLOCK_REALTIME in ns
- * then it waits for SIGTERM, but blast with a fourth argument `end` ends. Dirty lines hold a quote, a backslash and a letter of two bytes. */
+ * then it waits for SIGTERM. With a last argument `end` it ends instead; without, it begins after a second, when its supervisor has started. Dirty lines hold a quote, a backslash and a letter of two bytes. */
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -79,6 +79,8 @@ int main(int argc, char **argv)
 	sigemptyset(&awaited);
 	sigaddset(&awaited, SIGTERM);
 	sigprocmask(SIG_BLOCK, &awaited, NULL);
+	if (strcmp(argv[argc - 1], "end") != 0)
+		sleep(1);
 	if (!strcmp(argv[1], "blast"))
 		blast((size_t)atoi(argv[2]), strtoull(argv[3], NULL, 10), argc > 4 && !strcmp(argv[4], "dirty"));
 	else if (!strcmp(argv[1], "endless")) {
