@@ -1,4 +1,5 @@
-"""One who besieges a control socket: `siege.py HOW SOCKET`, until its stdin ends. Says what it did in a line."""
+"""One who besieges a control socket: `siege.py HOW SOCKET`, until its stdin ends. Says in a line when it is under way,
+and in another what it did."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+UNDER_WAY = 6  # connections
 FOLLOW = b"GET /v1/%s?follow=1 HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -35,6 +37,8 @@ class Siege:
             sock.close()
             return None
         self.made += 1
+        if self.made == UNDER_WAY:
+            print("under way", flush=True)
         return sock
 
     def say(self, sock: socket.socket | None, data: bytes) -> bool:
