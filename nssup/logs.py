@@ -107,6 +107,8 @@ class LogHub:
         pool.file.open()
         pool.last_ts = pool.file.last_ts
         pool.wall(seconds(pool.last_ts) if pool.last_ts else 0.0)
+        if pool.stagings:  # what was taken and not even begun to be written: nothing else may ever come behind it
+            self._mark_dirty(pool)
 
     def place(self, name: str, worker_id: str, generation: int) -> Staging | None:
         """Where the output of a new life of a pool is to be staged: its init keeps the descriptor. None: nowhere.

@@ -100,6 +100,21 @@ async def test_a_life_that_said_nothing_is_let_go_too(tmp_path: Path) -> None:
         assert not memory_of(one).streams
 
 
+async def test_what_was_taken_and_never_written_is_written_though_nothing_comes_behind_it(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.write(write, b"last words\n")
+    before = Staging.create("web")
+    before.take(before.attach(0, 1, 0, 100, 2), read, 65536, NOW)  # and then its supervisor was killed
+    memory = os.dup(before.fd)
+    before.close()
+    async with hub(tmp_path, (memory,)) as one:
+        one.attach("web", "web/0", 1, read, None, memory_of(one)).identify(100, 2)
+        while not (tmp_path / "web.jsonl").stat().st_size:  # noqa: ASYNC110 - a file tells nobody
+            await asyncio.sleep(0.001)
+    assert streams_in(tmp_path) == {("web/0", 1): b"last words\n"}
+    os.close(write)
+
+
 async def test_the_next_hub_goes_on_in_the_middle_of_a_line(tmp_path: Path) -> None:
     read, write = os.pipe()
     kept = os.dup(read)  # as init has it
