@@ -369,7 +369,7 @@ async def test_strangers_exit_77(shell: Shell) -> None:
 
     said = await asyncio.to_thread(run)
     if "No module named" in said.stderr or said.returncode == 127:
-        pytest.skip("user nobody cannot read this checkout")
+        pytest.skip("needs a checkout that user nobody can read")
     assert (said.returncode, said.stderr[:28]) == (77, "nssup: user 65534 may not st")
     os.chmod(shell.socket, 0o600)
     assert (await asyncio.to_thread(run)).returncode == 77

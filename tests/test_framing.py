@@ -206,7 +206,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     place = tmp_path_factory.mktemp("sanitized")
     compiler = os.environ.get("CC") or shutil.which("cc")
     if compiler is None:
-        pytest.skip("no C compiler")
+        pytest.skip("needs a C compiler")
     here = Path(__file__).parent
 
     def build(lines_by: str) -> Path:
@@ -218,7 +218,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode != 0:
-            pytest.skip(f"no sanitizers: {done.stderr.strip()[-200:]}")
+            pytest.skip(f"needs the address and undefined behaviour sanitizers: {done.stderr.strip()[-200:]}")
         return program
 
     return build
@@ -232,7 +232,7 @@ def _has(feature: str) -> bool:
 @pytest.mark.parametrize("lines_by", ["short_lines_any", "short_lines_sse2", "short_lines_avx2"])
 def test_no_byte_too_far(sanitized: Callable[[str], Path], lines_by: str) -> None:
     if lines_by != "short_lines_any" and not _has(lines_by.removeprefix("short_lines_")):
-        pytest.skip("not with this CPU")
+        pytest.skip(f"needs a CPU with {lines_by.removeprefix('short_lines_')}")
     program = sanitized(lines_by)
     for seed in range(12):
         reads = [read for more in range(seed * 100, seed * 100 + 40) for read in fuzzed(more)]
